@@ -1,0 +1,1 @@
+"""nwor_compile."""

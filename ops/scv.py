@@ -1,0 +1,131 @@
+"""`accept_mask`: Speculative Cache Validation, which staged rows hold accepted tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nwor_compile.ops.layout import check_index, check_same_device
+from nwor_compile.ops.library import define
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_accept(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    cu_num_drafts: Tensor,
+    num_sampled: Tensor | None = None,
+) -> None:
+    if sampled_ids.dim() != 2:
+        raise ValueError(
+            f"sampled_ids: expected 2-D [requests, columns], got {list(sampled_ids.shape)}"
+        )
+    if sampled_ids.dtype not in _INTEGERS:
+        raise TypeError(f"sampled_ids: expected int32 or int64, got {sampled_ids.dtype}")
+    check_index("draft_ids", draft_ids)
+    check_index("cu_num_drafts", cu_num_drafts, sampled_ids.shape[0])
+    if num_sampled is not None:
+        check_index("num_sampled", num_sampled, sampled_ids.shape[0])
+    check_same_device(
+        sampled_ids=sampled_ids,
+        draft_ids=draft_ids,
+        cu_num_drafts=cu_num_drafts,
+        num_sampled=num_sampled,
+    )
+
+
+def accept_mask_reference(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    cu_num_drafts: Tensor,
+    num_sampled: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `accept_mask`: vectorised, one graph, no data-dependent shape."""
+    requests, columns = sampled_ids.shape
+    rows = draft_ids.shape[0]
+    device = sampled_ids.device
+    if requests == 0 or columns == 0:
+        return (
+            torch.zeros(rows, dtype=torch.bool, device=device),
+            torch.zeros(requests, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+    ends = cu_num_drafts.long()
+    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+    drafts = ends - starts
+    if num_sampled is None:
+        # Placeholders are trailing: count the leading ids that are not negative.
+        count = (sampled_ids >= 0).to(torch.int64).cumprod(1).sum(1)
+    else:
+        count = num_sampled.long().clamp(0, columns)
+
+    row = torch.arange(rows, device=device)
+    request = torch.searchsorted(ends, row, right=True).clamp(max=requests - 1)
+    position = row - starts[request]
+    inside = (row < ends[request]) & (position < count[request])
+    sampled = sampled_ids[request, position.clamp(0, columns - 1)]
+    match = inside & (sampled == draft_ids)
+    # The matching prefix ends at the first row that fails; a request without one matches throughout.
+    first_fail = torch.where(match, drafts[request], position.clamp(min=0))
+    owned = row < ends[request]
+    first_fail = torch.where(owned, first_fail, rows)
+    prefix = drafts.scatter_reduce(0, request, first_fail, "amin")
+    accepted = torch.minimum(prefix, count - 1).clamp(min=0)
+    mask = owned & (position < accepted[request])
+    mismatch = (prefix < count - 1).any().to(torch.int32).view(1)
+    return mask, accepted.to(torch.int32), mismatch
+
+
+def _accept_mask_fake(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    cu_num_drafts: Tensor,
+    num_sampled: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        draft_ids.new_empty(draft_ids.shape, dtype=torch.bool),
+        sampled_ids.new_empty(sampled_ids.shape[0], dtype=torch.int32),
+        sampled_ids.new_empty(1, dtype=torch.int32),
+    )
+
+
+_accept_mask = define(
+    "accept_mask(Tensor sampled_ids, Tensor draft_ids, Tensor cu_num_drafts, "
+    "Tensor? num_sampled=None) -> (Tensor mask, Tensor accepted, Tensor mismatch)",
+    reference=accept_mask_reference,
+    fake=_accept_mask_fake,
+    check=_check_accept,
+    kernel="scv:accept_mask",
+)
+
+
+def accept_mask(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    cu_num_drafts: Tensor,
+    num_sampled: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which draft rows the sampler accepted.
+
+    With `prefix` the number of leading drafts whose id equals the sampled one,
+    `accepted = max(0, min(prefix, num_sampled - 1))`: the last sampled id is the correction or
+    bonus token, even where it happens to equal the draft at that place.
+
+    Args:
+        sampled_ids: `[R, C]` int32 or int64. Entries at and past `num_sampled` are never read;
+            without `num_sampled` they are negative placeholders. C may be too small for the
+            drafts: `num_sampled` is then clamped to it; C = 0 accepts nothing.
+        draft_ids: `[N]`, request after request; N may exceed the drafts there are.
+        cu_num_drafts: `[R]`, inclusive cumulative draft counts.
+        num_sampled: `[R]` int32 or int64, or None.
+    Returns:
+        mask: bool `[N]`, True for the accepted prefix of each request.
+        accepted: int32 `[R]`.
+        mismatch: int32 `[1]`, 1 if some request matches fewer drafts than its sampler says it
+            accepted (`prefix < num_sampled - 1`): ids and counts disagree, accept nothing.
+    Raises:
+        ValueError, TypeError: wrong rank, dtype or device, before any device work.
+    """
+    mask, accepted, mismatch = _accept_mask(sampled_ids, draft_ids, cu_num_drafts, num_sampled)
+    return mask, accepted, mismatch
