@@ -1,1 +1,33 @@
-"""nwor_compile."""
+"""No-Write-On-Reject KV caching for speculative decoding, as torch.compile passes and custom ops."""
+
+import nwor_compile.ops  # noqa: F401  registers torch.ops.nwor
+from nwor_compile.config import NworConfig
+from nwor_compile.errors import (
+    ConfigError,
+    NworError,
+    StagingAllocationError,
+    VisibilityError,
+    WindowInputError,
+    WindowOrderError,
+)
+from nwor_compile.metrics import Metrics, NworCollector
+from nwor_compile.scv import Committed
+from nwor_compile.window import State, Window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Committed",
+    "ConfigError",
+    "Metrics",
+    "NworCollector",
+    "NworConfig",
+    "NworError",
+    "StagingAllocationError",
+    "State",
+    "VisibilityError",
+    "Window",
+    "WindowInputError",
+    "WindowOrderError",
+    "__version__",
+]

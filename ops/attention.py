@@ -37,9 +37,7 @@ def check_paged(
     v_scale: Tensor | None = None,
 ) -> None:
     if query.dim() != 3:
-        raise ValueError(
-            f"query: expected [tokens, heads, head_size], got {list(query.shape)}"
-        )
+        raise ValueError(f"query: expected [tokens, heads, head_size], got {list(query.shape)}")
     heads = logical_key(key_cache).shape[2] if key_cache.dim() in (4, 5) else 0
     check_cache(key_cache, value_cache, heads, query.shape[2])
     if query.shape[1] % heads:

@@ -108,9 +108,7 @@ def _check_stage(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    check_write(
-        key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
-    )
+    check_write(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
     check_staged(staged_key, staged_value, key.shape[1], key.shape[2])
     check_dtype("staged_key", staged_key, kv_cache_dtype, key.dtype)
     check_index("row_map", row_map)
@@ -125,7 +123,11 @@ def _check_stage(
             f"{list(stage_state.shape)}"
         )
     check_same_device(
-        key=key, staged_key=staged_key, staged_value=staged_value, row_map=row_map, state=stage_state
+        key=key,
+        staged_key=staged_key,
+        staged_value=staged_value,
+        row_map=row_map,
+        state=stage_state,
     )
 
 

@@ -101,7 +101,9 @@ def commit_kv_reference(
     index = (place // block_size, place % block_size)
     for layer, (key_cache, value_cache) in enumerate(zip(key_caches, value_caches, strict=True)):
         scatter_rows(logical_key(key_cache), index, staged_key[layer, :rows], valid)
-        scatter_rows(logical_value(key_cache, value_cache), index, staged_value[layer, :rows], valid)
+        scatter_rows(
+            logical_value(key_cache, value_cache), index, staged_value[layer, :rows], valid
+        )
     if counters is not None:
         _count(counters, num_drafts, accepted, error, num_layers)
 

@@ -37,7 +37,7 @@ def cache_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def logical_key(cache: Tensor) -> Tensor:
-    """A key cache as `[blocks, block_size, kv_heads, *row]`; row is `[D]`, or `[D/x, x]` for 5-D."""
+    """A key cache as `[blocks, block_size, kv_heads, *row]`: row is `[D]`; `[D/x, x]` for 5-D."""
     return cache.permute(0, 3, 1, 2, 4) if cache.dim() == 5 else cache
 
 
@@ -47,7 +47,7 @@ def logical_value(key_cache: Tensor, value_cache: Tensor) -> Tensor:
 
 
 def check_cache(key_cache: Tensor, value_cache: Tensor, heads: int, size: int) -> None:
-    """Raise ValueError unless both caches have one of the forms above with `heads` x `size` rows."""
+    """Raise ValueError unless both caches have a form named above, with `heads` x `size` rows."""
     if key_cache.dim() not in (4, 5) or value_cache.dim() != 4:
         raise ValueError(
             "caches: expected 4-D [blocks, block_size, kv_heads, head_size] by strides (or vLLM's "

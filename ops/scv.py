@@ -66,7 +66,7 @@ def accept_mask_reference(
     inside = (row < ends[request]) & (position < count[request])
     sampled = sampled_ids[request, position.clamp(0, columns - 1)]
     match = inside & (sampled == draft_ids)
-    # The matching prefix ends at the first row that fails; a request without one matches throughout.
+    # The prefix ends at the first row that fails; a request without one matches throughout.
     first_fail = torch.where(match, drafts[request], position.clamp(min=0))
     owned = row < ends[request]
     first_fail = torch.where(owned, first_fail, rows)

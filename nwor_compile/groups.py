@@ -1,0 +1,131 @@
+"""Layers by geometry: staging memory and the one commit call of each batch of equal layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nwor_compile.errors import StagingAllocationError, WindowInputError
+from nwor_compile.ops import cache_table
+from nwor_compile.ops.layout import logical_key, logical_value
+
+Caches = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """Layers of equal geometry that share one slot mapping, staged in one block of memory.
+
+    staged_key, staged_value: `[layers, capacity, kv_heads, head_size]`. state: int32 `[layers, 2]`,
+    a view of the window's. slots: int64 `[capacity + 1]`, shared by the slot group.
+    """
+
+    group: str
+    names: tuple[str, ...]
+    key_caches: list[Tensor]
+    value_caches: list[Tensor]
+    staged_key: Tensor
+    staged_value: Tensor
+    state: Tensor
+    slots: Tensor
+    table: Tensor
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token row, K and V, over the layers of this batch."""
+        per_layer = self.staged_key[0, 0].numel() * self.staged_key.element_size()
+        return 2 * per_layer * len(self.names)
+
+
+def staging_bytes(
+    layers: int, kv_heads: int, head_size: int, element_bytes: int, max_requests: int, max_drafts: int
+) -> int:
+    """Device memory that staging takes: `max_requests x max_drafts` rows of K and V, every layer."""
+    return max_requests * max_drafts * layers * 2 * kv_heads * head_size * element_bytes
+
+
+def build_batches(
+    layers: Caches, groups: Mapping[str, str], capacity: int, state: Tensor
+) -> list[LayerBatch]:
+    """Sort `layers` into batches and allocate their staging.
+
+    Args:
+        layers: name to (key cache, value cache).
+        groups: name to slot group, for layers that are not in the default group `kv`.
+        capacity: staging rows a layer.
+        state: int32 `[len(layers), 2]`; each batch takes a slice.
+    Raises:
+        StagingAllocationError: out of memory, with the bytes asked for.
+    """
+    device = next(iter(layers.values()))[0].device
+    buckets: dict[tuple[object, ...], list[str]] = {}
+    for name, (key, value) in layers.items():
+        group = groups.get(name, "kv")
+        geometry = (key.shape, key.stride(), key.dtype, value.shape, value.stride())
+        buckets.setdefault((group, *geometry), []).append(name)
+    slots = {
+        group: torch.full((capacity + 1,), -1, dtype=torch.int64, device=device)
+        for group in dict.fromkeys(str(bucket[0]) for bucket in buckets)
+    }
+    batches, first = [], 0
+    for bucket, names in buckets.items():
+        group = str(bucket[0])
+        keys = [layers[name][0] for name in names]
+        values = [layers[name][1] for name in names]
+        staged_key, staged_value = _allocate(keys[0], values[0], len(names), capacity)
+        batches.append(
+            LayerBatch(
+                group=group,
+                names=tuple(names),
+                key_caches=keys,
+                value_caches=values,
+                staged_key=staged_key,
+                staged_value=staged_value,
+                state=state[first : first + len(names)],
+                slots=slots[group],
+                table=cache_table(keys, values),
+            )
+        )
+        first += len(names)
+    return batches
+
+
+def _allocate(
+    key_cache: Tensor, value_cache: Tensor, layers: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    heads = logical_key(key_cache).shape[2]
+    size = logical_value(key_cache, value_cache).shape[3]
+    shape = (layers, capacity, heads, size)
+    try:
+        # Zeros, not empty: a row that was never staged must not read as NaN under a mask.
+        return (
+            torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device),
+            torch.zeros(shape, dtype=value_cache.dtype, device=value_cache.device),
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        wanted = 2 * layers * capacity * heads * size * key_cache.element_size()
+        raise StagingAllocationError(
+            f"staging of {layers} layers x {capacity} rows x {heads} heads x {size} needs "
+            f"{wanted} bytes on {key_cache.device}: lower max_requests or max_drafts, or give the "
+            "KV cache less memory"
+        ) from error
+
+
+def check_layers(layers: Caches, max_requests: int, max_drafts: int, max_tokens: int) -> None:
+    """Raise WindowInputError for an empty or impossible window."""
+    if not layers:
+        raise WindowInputError("layers: expected at least one named (key cache, value cache) pair")
+    for name, number in (
+        ("max_requests", max_requests), ("max_drafts", max_drafts), ("max_tokens", max_tokens),
+    ):  # fmt: skip
+        if number < 1:
+            raise WindowInputError(f"{name}: expected at least 1, got {number}")
+    devices = {key.device for key, _ in layers.values()}
+    if len(devices) > 1:
+        listing = ", ".join(sorted(str(device) for device in devices))
+        raise WindowInputError(
+            f"layers: all caches of a window must be on one device, got {listing}"
+        )

@@ -1,0 +1,104 @@
+"""The counters of a window, in the names that users know, and their Prometheus collector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+from pydantic import BaseModel
+
+from nwor_compile.ops.counters import COUNTERS, FIXED
+
+if TYPE_CHECKING:
+    from nwor_compile.window import Window
+
+
+class Metrics(BaseModel):
+    """A snapshot. Rows are unique token rows; `nwor_stage_operations` alone is row x layer.
+
+    nwor_unique_tokens: rows in the staging buffer at this moment (0 between windows).
+    nwor_fallback_count: windows that accepted nothing because the sampler's ids were malformed.
+    nwor_scv_vectorised: commits that ran as plain launches although graphs were asked for.
+    nwor_error_windows: windows that the device-side error flag turned into zero accepted drafts.
+    Bytes count K and V of all layers: to the cache, through staging (written, and read again when
+    committed), and what a direct run of the same steps writes.
+    """
+
+    nwor_windows: int
+    nwor_total_staged: int
+    nwor_total_committed: int
+    nwor_total_rejected: int
+    nwor_acceptance_rate: float
+    nwor_acceptance_rate_per_position: list[float]
+    nwor_drafted_per_position: list[int]
+    nwor_accepted_per_position: list[int]
+    nwor_fallback_count: int
+    nwor_scv_vectorised: int
+    nwor_error_windows: int
+    nwor_unique_tokens: int
+    nwor_stage_operations: int
+    nwor_certain_rows: int
+    nwor_cache_bytes: int
+    nwor_staging_bytes_moved: int
+    nwor_direct_bytes: int
+
+
+def read_metrics(window: Window) -> Metrics:
+    """Read the device counters of `window` (synchronises)."""
+    values = window.tensors.counters.tolist()
+    count = {name: values[index] for name, index in COUNTERS.items()}
+    drafted = values[FIXED : FIXED + window.max_drafts]
+    accepted = values[FIXED + window.max_drafts :]
+    staged, committed, row = count["staged"], count["committed"], window.row_bytes
+    return Metrics(
+        nwor_windows=count["windows"],
+        nwor_total_staged=staged,
+        nwor_total_committed=committed,
+        nwor_total_rejected=count["rejected"],
+        nwor_acceptance_rate=committed / staged if staged else 0.0,
+        nwor_acceptance_rate_per_position=[
+            a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)
+        ],
+        nwor_drafted_per_position=drafted,
+        nwor_accepted_per_position=accepted,
+        nwor_fallback_count=window.fallbacks,
+        nwor_scv_vectorised=sum(window.validator.vectorised.values()),
+        nwor_error_windows=count["errors"],
+        nwor_unique_tokens=int(window.tensors.routing.num_drafts.sum().item()),
+        nwor_stage_operations=count["stage_operations"],
+        nwor_certain_rows=count["certain"],
+        nwor_cache_bytes=(count["certain"] + committed) * row,
+        nwor_staging_bytes_moved=(staged + committed) * row,
+        nwor_direct_bytes=(count["certain"] + staged) * row,
+    )
+
+
+_GAUGES = ("nwor_acceptance_rate", "nwor_unique_tokens")
+_PER_POSITION = ("nwor_drafted_per_position", "nwor_accepted_per_position")
+
+
+class NworCollector(Collector):
+    """Serves a window's counters to Prometheus; reads the device when scraped, not in a step.
+
+    Register it with `prometheus_client.REGISTRY.register(NworCollector(window))`.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """One family a field of `Metrics`; per-position counters carry a `position` label."""
+        snapshot = self.window.metrics().model_dump()
+        for name, value in snapshot.items():
+            text = name.removeprefix("nwor_").replace("_", " ")
+            if name in _PER_POSITION:
+                family = CounterMetricFamily(name, text, labels=["position"])
+                for position, amount in enumerate(value):
+                    family.add_metric([str(position)], amount)
+                yield family
+            elif name in _GAUGES:
+                yield GaugeMetricFamily(name, text, value=value)
+            elif isinstance(value, int):
+                yield CounterMetricFamily(name, text, value=value)

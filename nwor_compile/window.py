@@ -1,0 +1,419 @@
+"""One verification step: begin -> forward -> commit, or abort.
+
+Between begin and commit everything stays on the device: routing, staging, acceptance and the error
+flag are tensors in persistent buffers, and Python never branches on what they hold. (SCV mode
+`off` is the exception; it is the oracle.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nwor_compile.config import NworConfig
+from nwor_compile.debug import WindowLog
+from nwor_compile.errors import WindowInputError, WindowOrderError
+from nwor_compile.groups import Caches, build_batches, check_layers
+from nwor_compile.metrics import Metrics, read_metrics
+from nwor_compile.ops import counter_size
+from nwor_compile.ops.counters import COUNTERS
+from nwor_compile.ops.staging import (
+    LayerStaging,
+    register_direct,
+    register_layer,
+    unregister,
+    window_closed,
+    window_opened,
+)
+from nwor_compile.poison import poison_open_slots, touched_early
+from nwor_compile.routing import allocate_routing, clear, route, snapshot_slots
+from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
+
+log = logging.getLogger("nwor_compile")
+
+
+class State(enum.Enum):
+    """Where a window stands."""
+
+    IDLE = "idle"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Window:
+    """Staging of one model's layers, and the steps that run through it.
+
+    All memory is allocated here, once. Ops that the pass put into a graph find their layer by its
+    key cache, so the graph needs no change when a window opens, commits or is closed.
+
+    Args:
+        layers: name to (key cache, value cache), the target model's layers and no others. Caches
+            have one of the forms of `nwor_compile.ops.layout` and must stay where they are.
+        max_requests, max_drafts: most requests a step, most drafts a request; staging has
+            `max_requests * max_drafts` rows a layer.
+        max_tokens: most tokens a step (prefill included), padding too.
+        config: settings; from the environment if None.
+        kv_cache_dtype: as for `reshape_and_cache`; poison mode and byte counts need it.
+        groups: name to slot group, where layers do not share one slot mapping.
+        direct_caches: key caches of a drafter that runs rewritten ops inside windows.
+    Raises:
+        WindowInputError, StagingAllocationError, ValueError: nothing stays registered.
+    """
+
+    def __init__(
+        self,
+        layers: Caches,
+        *,
+        max_requests: int,
+        max_drafts: int,
+        max_tokens: int,
+        config: NworConfig | None = None,
+        kv_cache_dtype: str = "auto",
+        groups: Mapping[str, str] | None = None,
+        direct_caches: Iterable[Tensor] = (),
+    ) -> None:
+        check_layers(layers, max_requests, max_drafts, max_tokens)
+        self.config = config if config is not None else NworConfig.load()
+        self.max_requests, self.max_drafts, self.max_tokens = max_requests, max_drafts, max_tokens
+        self.capacity = max_requests * max_drafts
+        self.kv_cache_dtype = kv_cache_dtype
+        self.fallbacks = 0
+        device = next(iter(layers.values()))[0].device
+        state = torch.zeros(len(layers), 2, dtype=torch.int32, device=device)
+        batches = build_batches(layers, groups or {}, self.capacity, state)
+        self.tensors = WindowTensors(
+            routing=allocate_routing(max_tokens, max_requests, device),
+            drafts=torch.zeros(max_requests, dtype=torch.int32, device=device),
+            error=torch.zeros(1, dtype=torch.int32, device=device),
+            state=state,
+            counters=torch.zeros(counter_size(max_drafts), dtype=torch.int64, device=device),
+            batches=batches,
+            staging=self.config.mode == "stage",
+        )
+        self.validator = GraphValidator(
+            self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
+        )
+        self._log = WindowLog(enabled=self.config.debug)
+        self._state = State.IDLE
+        self._fake = False
+        self._requests = 0
+        self._registered: list[Tensor] = []
+        self._register(direct_caches)
+        self._announce()
+
+    @property
+    def state(self) -> State:
+        """idle, open (begun, not committed) or closed."""
+        return self._state
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The registered layers, in the order of their staging state."""
+        return tuple(name for batch in self.tensors.batches for name in batch.names)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory of the staging rows."""
+        return self.capacity * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token row, K and V of all layers."""
+        return sum(batch.row_bytes for batch in self.tensors.batches)
+
+    def begin(
+        self,
+        num_drafts: Tensor,
+        query_start_loc: Tensor,
+        slot_mapping: Tensor | Mapping[str, Tensor],
+    ) -> None:
+        """Open a window for one forward pass. Enqueues device work only.
+
+        Args:
+            num_drafts: `[R]` integer on the device: drafts at the end of each request's span; 0
+                for prefill and plain decode.
+            query_start_loc: `[R + 1]` integer on the device, first token of each request.
+            slot_mapping: `[T]` integer on the device, slot of each token (-1: none), padding
+                included; with several slot groups, one a group name.
+        Raises:
+            WindowOrderError: a window is open, or this one was closed.
+            WindowInputError: an argument does not fit; nothing changed.
+        Counts that cannot be (more than max_drafts, no certain token, more rows than staging has)
+        raise the device-side error flag: the window stages nothing and accepts nothing.
+        """
+        self._expect(State.IDLE, "begin")
+        slots = self._check_begin(num_drafts, query_start_loc, slot_mapping)
+        self._fake = isinstance(num_drafts, FakeTensor)
+        self._requests = num_drafts.shape[0]
+        if not self._fake:
+            self._route(num_drafts, query_start_loc, slots)
+            window_opened()
+        self._state = State.OPEN
+
+    def commit(
+        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None = None
+    ) -> Committed:
+        """Validate the sampler's ids and commit the accepted rows. Enqueues device work only.
+
+        Arguments as for `nwor_compile.ops.accept_mask`; `draft_ids` has one id a draft of this
+        window, request after request, possibly padded. Ids of a wrong shape, dtype or device are
+        logged, accept nothing and count a fallback. The result is valid until the next commit.
+
+        Raises WindowOrderError if no window is open.
+        """
+        self._expect(State.OPEN, "commit")
+        if self._fake:
+            return self._close_fake(sampled_ids, draft_ids)
+        try:
+            self._check_poison()
+            result = self._validate(sampled_ids, draft_ids, num_sampled)
+            self._log.committed(self.tensors, self._requests, result, self.layer_names)
+        finally:
+            self._finish()
+        return result
+
+    def abort(self) -> None:
+        """Drop the open window: its staged rows are never committed. The caches keep its certain
+        rows, which are as if the step had run without drafts.
+
+        Raises WindowOrderError if no window is open.
+        """
+        self._expect(State.OPEN, "abort")
+        if not self._fake:
+            self._finish()
+        self._state = State.IDLE
+
+    @contextlib.contextmanager
+    def step(
+        self,
+        num_drafts: Tensor,
+        query_start_loc: Tensor,
+        slot_mapping: Tensor | Mapping[str, Tensor],
+    ) -> Iterator[Window]:
+        """`begin`, and `abort` if the block is left without a commit (an exception, say)."""
+        self.begin(num_drafts, query_start_loc, slot_mapping)
+        try:
+            yield self
+        finally:
+            if self._state is State.OPEN:
+                self.abort()
+
+    def warm_up(self, sizes: Iterable[int] | None = None) -> None:
+        """Capture the SCV graphs for these numbers of requests (powers of two up to max_requests).
+
+        Synchronises; call it before the first window. Stages nothing.
+        """
+        self._expect(State.IDLE, "warm_up")
+        if self.config.scv == "off":
+            return
+        if sizes is None:
+            sizes = [1 << i for i in range(self.max_requests.bit_length())]
+            sizes = [min(size, self.max_requests) for size in [*sizes, self.max_requests]]
+        self.validator.warm_up(sizes)
+
+    def metrics(self) -> Metrics:
+        """The counters now. Synchronises with the device."""
+        return read_metrics(self)
+
+    def flush_log(self) -> None:
+        """Print the debug lines of the last window, which otherwise wait for the next one."""
+        self._log.flush()
+
+    def close(self) -> None:
+        """Take the layers out of the registry: graphs that were rewritten write directly again."""
+        if self._state is State.OPEN:
+            self.abort()
+        self._log.flush()
+        for cache in self._registered:
+            unregister(cache)
+        self._registered.clear()
+        self._state = State.CLOSED
+
+    def _register(self, direct_caches: Iterable[Tensor]) -> None:
+        try:
+            for batch in self.tensors.batches:
+                for index, name in enumerate(batch.names):
+                    staging = LayerStaging(
+                        name=name,
+                        key=batch.staged_key[index],
+                        value=batch.staged_value[index],
+                        state=batch.state[index],
+                        routing=self.tensors.routing,
+                    )
+                    register_layer(batch.key_caches[index], batch.value_caches[index], staging)
+                    self._registered.append(batch.key_caches[index])
+            for cache in direct_caches:
+                register_direct(cache)
+                self._registered.append(cache)
+        except ValueError:
+            self.close()
+            raise
+
+    def _announce(self) -> None:
+        names = self.layer_names
+        log.info(
+            "NWOR mode=%s scv=%s debug=%s poison=%s: staging %d rows (%d requests x %d drafts), "
+            "%d bytes, %d layers: %s",
+            self.config.mode, self.config.scv, self.config.debug, self.config.poison,
+            self.capacity, self.max_requests, self.max_drafts, self.staging_bytes, len(names),
+            ", ".join(names),
+        )  # fmt: skip
+
+    def _expect(self, state: State, call: str) -> None:
+        if self._state is state:
+            return
+        advice = {
+            State.OPEN: "a window is open: commit() or abort() it first",
+            State.IDLE: "no window is open: begin() one first",
+            State.CLOSED: "this Window was closed: make a new one",
+        }[self._state]
+        raise WindowOrderError(f"{call}: {advice}")
+
+    def _check_begin(
+        self,
+        num_drafts: Tensor,
+        query_start_loc: Tensor,
+        slot_mapping: Tensor | Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        names = list(dict.fromkeys(batch.group for batch in self.tensors.batches))
+        slots = {"kv": slot_mapping} if isinstance(slot_mapping, Tensor) else slot_mapping
+        if set(slots) != set(names):
+            raise WindowInputError(
+                f"slot_mapping: expected one for each of {names}, got {list(slots)}"
+            )
+        requests = num_drafts.shape[0] if num_drafts.dim() == 1 else -1
+        if not 1 <= requests <= self.max_requests:
+            raise WindowInputError(
+                f"num_drafts: expected shape [1 to {self.max_requests}] (max_requests), got "
+                f"{list(num_drafts.shape)}"
+            )
+        if list(query_start_loc.shape) != [requests + 1]:
+            raise WindowInputError(
+                f"query_start_loc: expected shape [{requests + 1}], got "
+                f"{list(query_start_loc.shape)}"
+            )
+        checked = {"num_drafts": num_drafts, "query_start_loc": query_start_loc}
+        checked.update({f"slot_mapping[{name}]": slots[name] for name in names})
+        for name, tensor in checked.items():
+            self._check_integer(name, tensor)
+            if tensor.dim() != 1 or tensor.shape[0] > max(self.max_tokens, requests + 1):
+                raise WindowInputError(
+                    f"{name}: expected 1-D with at most {self.max_tokens} tokens (max_tokens), "
+                    f"got {list(tensor.shape)}"
+                )
+        return slots
+
+    def _check_integer(self, name: str, tensor: Tensor) -> None:
+        device = self.tensors.error.device
+        if tensor.dtype not in (torch.int32, torch.int64) or tensor.device != device:
+            raise WindowInputError(
+                f"{name}: expected int32 or int64 on {device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+
+    def _route(
+        self, num_drafts: Tensor, query_start_loc: Tensor, slots: Mapping[str, Tensor]
+    ) -> None:
+        tensors = self.tensors
+        self._log.flush()
+        tensors.state.zero_()
+        tensors.error.zero_()
+        bits = route(
+            tensors.routing,
+            num_drafts,
+            query_start_loc,
+            max_drafts=self.max_drafts,
+            capacity=self.capacity,
+        )
+        tensors.error.add_(bits)
+        tensors.drafts.copy_(tensors.routing.num_drafts)
+        if not tensors.staging:
+            clear(tensors.routing)
+        seen: set[str] = set()
+        for batch in tensors.batches:
+            if batch.group not in seen:
+                snapshot_slots(batch.slots, tensors.routing.row_map, slots[batch.group])
+                seen.add(batch.group)
+        first = slots[tensors.batches[0].group]
+        certain = (first >= 0) & (tensors.routing.row_map[: first.shape[0]] < 0)
+        tensors.counters[COUNTERS["certain"]] += certain.sum()
+        if self.config.poison != "off":
+            poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
+        self._log.begun(tensors, self._requests)
+
+    def _check_poison(self) -> None:
+        """Invariant 1 in debug: the open slots of every layer still hold the poison."""
+        if self.config.poison != "off":
+            touched = touched_early(self.tensors.batches, self.config.poison, self.kv_cache_dtype)
+            self.tensors.error.add_(touched)
+
+    def _validate(
+        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+    ) -> Committed:
+        problem = self._problem(sampled_ids, draft_ids, num_sampled)
+        if problem:
+            return self._fall_back(problem, draft_ids)
+        columns = sampled_ids.shape[1]
+        if columns < self.max_drafts + 1:
+            self._log.warn_columns(columns, self.max_drafts)
+        run = host_loop if self.config.scv == "off" else None
+        if run is not None:
+            return run(self.tensors, sampled_ids, draft_ids, num_sampled)
+        return self.validator(sampled_ids, draft_ids, num_sampled)
+
+    def _problem(
+        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+    ) -> str | None:
+        """What is wrong with the sampler's ids, from shapes and dtypes alone; None if nothing."""
+        integers = (torch.int32, torch.int64)
+        device = self.tensors.error.device
+        if sampled_ids.dim() != 2 or sampled_ids.shape[0] != self._requests:
+            return (
+                f"sampled_ids: expected [{self._requests}, columns], got {list(sampled_ids.shape)}"
+            )
+        if draft_ids.dim() != 1 or draft_ids.shape[0] > self.capacity:
+            return f"draft_ids: expected [at most {self.capacity}], got {list(draft_ids.shape)}"
+        if num_sampled is not None and list(num_sampled.shape) != [self._requests]:
+            return f"num_sampled: expected [{self._requests}], got {list(num_sampled.shape)}"
+        given = {"sampled_ids": sampled_ids, "draft_ids": draft_ids}
+        if num_sampled is not None:
+            given["num_sampled"] = num_sampled
+        for name, tensor in given.items():
+            if tensor.dtype not in integers or tensor.device != device:
+                return (
+                    f"{name}: expected int32 or int64 on {device}, got {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
+        return None
+
+    def _fall_back(self, problem: str, draft_ids: Tensor) -> Committed:
+        log.error("NWOR: %s. This window accepts nothing.", problem)
+        self.fallbacks += 1
+        device = self.tensors.error.device
+        rows = min(draft_ids.numel(), self.capacity)
+        return finish(
+            self.tensors,
+            torch.zeros(rows, dtype=torch.bool, device=device),
+            torch.zeros(self._requests, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def _close_fake(self, sampled_ids: Tensor, draft_ids: Tensor) -> Committed:
+        self._state = State.IDLE
+        return Committed(
+            accepted=sampled_ids.new_zeros(self._requests, dtype=torch.int32),
+            mask=draft_ids.new_zeros(draft_ids.shape, dtype=torch.bool),
+            error=sampled_ids.new_zeros(1, dtype=torch.int32),
+        )
+
+    def _finish(self) -> None:
+        """Back to direct mode: a forward pass outside a window stages nothing."""
+        clear(self.tensors.routing)
+        window_closed()
+        self._state = State.IDLE
