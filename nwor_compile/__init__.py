@@ -1,16 +1,17 @@
 """No-Write-On-Reject KV caching for speculative decoding, as torch.compile passes and custom ops."""
 
 import nwor_compile.ops  # noqa: F401  registers torch.ops.nwor
+from nwor_compile.backend import compile_options
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import (
     ConfigError,
     NworError,
     StagingAllocationError,
-    VisibilityError,
     WindowInputError,
     WindowOrderError,
 )
 from nwor_compile.metrics import Metrics, NworCollector
+from nwor_compile.passes import VisibilityError, last_reports
 from nwor_compile.scv import Committed
 from nwor_compile.window import State, Window
 
@@ -30,4 +31,6 @@ __all__ = [
     "WindowInputError",
     "WindowOrderError",
     "__version__",
+    "compile_options",
+    "last_reports",
 ]

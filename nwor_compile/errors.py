@@ -19,7 +19,3 @@ class WindowInputError(NworError, ValueError):
 
 class StagingAllocationError(NworError, MemoryError):
     """The staging buffers did not fit in memory; nothing was registered."""
-
-
-class VisibilityError(NworError, RuntimeError):
-    """Strict mode: a cache write could not be staged because some reader would not see it."""

@@ -41,9 +41,14 @@ class LayerBatch:
 
 
 def staging_bytes(
-    layers: int, kv_heads: int, head_size: int, element_bytes: int, max_requests: int, max_drafts: int
+    layers: int,
+    kv_heads: int,
+    head_size: int,
+    element_bytes: int,
+    max_requests: int,
+    max_drafts: int,
 ) -> int:
-    """Device memory that staging takes: `max_requests x max_drafts` rows of K and V, every layer."""
+    """Device memory of staging: `max_requests x max_drafts` rows of K and V in every layer."""
     return max_requests * max_drafts * layers * 2 * kv_heads * head_size * element_bytes
 
 

@@ -25,9 +25,7 @@ def _marker(batch: LayerBatch, poison: str) -> Tensor:
     stored = batch.staged_key.dtype
     dtype = stored if stored in FLOAT_DTYPES else torch.float32
     fill = float("nan") if poison == "nan" else LARGE
-    return torch.full(
-        batch.staged_key.shape[1:], fill, dtype=dtype, device=batch.staged_key.device
-    )
+    return torch.full(batch.staged_key.shape[1:], fill, dtype=dtype, device=batch.staged_key.device)
 
 
 def poison_open_slots(batches: Sequence[LayerBatch], poison: str, kv_cache_dtype: str) -> None:

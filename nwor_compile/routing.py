@@ -107,4 +107,3 @@ def snapshot_slots(slots: Tensor, row_map: Tensor, slot_mapping: Tensor) -> None
     slots.fill_(-1)
     slots.scatter_(0, torch.where(row >= 0, row, last), slot_mapping.long())
     slots[last:].fill_(-1)
-

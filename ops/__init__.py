@@ -5,8 +5,8 @@ Importing it registers the ops; Triton is loaded when a kernel is first needed.
 
 if __name__ != "nwor_compile.ops":
     raise ImportError(
-        f"expected to be imported as 'nwor_compile.ops', was imported as {__name__!r}: a second copy "
-        "would register every op twice. Use `import nwor_compile.ops`."
+        f"expected to be imported as 'nwor_compile.ops', was imported as {__name__!r}: a second "
+        "copy would register every op twice. Use `import nwor_compile.ops`."
     )
 
 from nwor_compile.ops.attention import paged_attention, verify_attention

@@ -54,6 +54,8 @@ def check_paged(
         raise ValueError(
             f"block_table: expected [{requests}, max_blocks], got {list(block_table.shape)}"
         )
+    if block_table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"block_table: expected int32 or int64, got {block_table.dtype}")
     if sliding_window < 0 or softcap < 0:
         raise ValueError(
             f"sliding_window and softcap: expected >= 0 (0 is off), got {sliding_window}, {softcap}"
@@ -123,7 +125,7 @@ def verify_attention_reference(
     """
     tokens, requests = query.shape[0], seq_lens.shape[0]
     if tokens == 0 or requests == 0:
-        return torch.zeros_like(query)
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
     starts = query_start_loc.long()
     token = torch.arange(tokens, device=query.device)
     request = torch.searchsorted(starts[1:], token, right=True).clamp(max=requests - 1)
@@ -202,8 +204,9 @@ def _attend(
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~seen.view(n, 1, 1, length), float("-inf"))
-    # A token that sees nothing (padding) gets zeros rather than 0 / 0.
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    # A token that sees nothing (padding) gets zeros rather than 0 / 0; a NaN that is seen stays.
+    blind = ~seen.any(dim=1).view(n, 1, 1, 1)
+    weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
     # Rows that are masked may hold NaN (poison), and 0 x NaN is NaN: zero them first.
     value = value.masked_fill(~seen.view(n, length, 1, 1), 0.0)
     return torch.einsum("nhgl,nlhd->nhgd", weights, value).reshape(n, heads, size)

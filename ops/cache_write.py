@@ -36,6 +36,8 @@ def check_write(
             "key, value: expected equal shapes [tokens, kv_heads, head_size], got "
             f"{list(key.shape)} and {list(value.shape)}"
         )
+    if key.dtype != value.dtype:
+        raise TypeError(f"key is {key.dtype}, value is {value.dtype}")
     check_index("slot_mapping", slot_mapping)
     if slot_mapping.shape[0] > key.shape[0]:
         raise ValueError(

@@ -46,9 +46,13 @@ def _check_commit(
         )
     if staged_key.shape != staged_value.shape or staged_key.stride() != staged_value.stride():
         raise ValueError("staged_key and staged_value: expected equal shapes and strides")
+    if staged_key.dtype != staged_value.dtype:
+        raise TypeError(f"staged_key is {staged_key.dtype}, staged_value is {staged_value.dtype}")
     _check_geometry(key_caches, value_caches, staged_key)
     check_index("slots", slots)
+    check_index("accepted", accepted)
     check_index("num_drafts", num_drafts, accepted.shape[0])
+    _check_flag_and_counters(error, counters)
     if mask.dtype != torch.bool or mask.dim() != 1 or mask.shape[0] > staged_key.shape[1]:
         raise ValueError(
             f"mask: expected bool [rows <= {staged_key.shape[1]}], got {mask.dtype} "
@@ -62,16 +66,30 @@ def _check_commit(
     )  # fmt: skip
 
 
+def _check_flag_and_counters(error: Tensor, counters: Tensor | None) -> None:
+    if error.dtype != torch.int32 or list(error.shape) != [1]:
+        raise ValueError(f"error: expected int32 [1], got {error.dtype} {list(error.shape)}")
+    if counters is not None and (
+        counters.dtype != torch.int64 or counters.dim() != 1 or counters.shape[0] < FIXED
+    ):
+        raise ValueError(
+            f"counters: expected int64 [counter_size(max_drafts) >= {FIXED}], got {counters.dtype} "
+            f"{list(counters.shape)}"
+        )
+
+
 def _check_geometry(
     key_caches: Sequence[Tensor], value_caches: Sequence[Tensor], staged_key: Tensor
 ) -> None:
     key, value = key_caches[0], value_caches[0]
     check_cache(key, value, staged_key.shape[2], staged_key.shape[3])
-    if key.element_size() != staged_key.element_size():
+    # fp8 may be kept as uint8 on either side; every other dtype must be the same one.
+    if staged_key.dtype != key.dtype and (key.element_size(), staged_key.element_size()) != (1, 1):
         raise TypeError(f"staged rows are {staged_key.dtype}, the cache is {key.dtype}")
     for layer, (k, v) in enumerate(zip(key_caches, value_caches, strict=True)):
         same_key = k.shape == key.shape and k.stride() == key.stride() and k.dtype == key.dtype
-        if not same_key or v.shape != value.shape or v.stride() != value.stride():
+        same_value = v.shape == value.shape and v.stride() == value.stride()
+        if not same_key or not same_value or v.dtype != value.dtype:
             raise ValueError(
                 f"caches: layer {layer} has key {list(k.shape)} strides {k.stride()} {k.dtype}, "
                 f"layer 0 has {list(key.shape)} strides {key.stride()} {key.dtype}; layers of "

@@ -1,0 +1,194 @@
+"""The pass: `reshape_and_cache` becomes `stage_kv`, its attention becomes `verify_attention`.
+
+Before (a Dynamo graph; after AOTAutograd the write sits in `auto_functionalized_v2`):
+
+    nwor.reshape_and_cache(k, v, key_cache, value_cache, slot_mapping)
+    out = nwor.paged_attention(q, key_cache, value_cache, block_table, seq_lens, starts, scale)
+
+After:
+
+    nwor.stage_kv.window(k, v, key_cache, value_cache, slot_mapping)
+    out = nwor.verify_attention.window(q, key_cache, value_cache, block_table, ..., scale)
+
+The window overloads take what the ops they replace took and route rows by device data, so one
+graph serves verification, plain decode and prefill. `visibility.py` decides; this file rewrites.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Graph, GraphModule, Node
+
+from nwor_compile.passes.calls import arguments, callee, is_functionalized
+from nwor_compile.passes.report import Decision, Report, VisibilityError, keep
+from nwor_compile.passes.table import CacheReader, CacheWrite, op_name, resolve, rows
+from nwor_compile.passes.visibility import Write, judge, subgraph_writes
+
+log = logging.getLogger("nwor_compile")
+
+
+def rewrite(graph: Graph, *, strict: bool = False, name: str = "graph") -> Report:
+    """Stage every cache write of `graph` that can be staged safely; return what was done.
+
+    Running it again changes nothing. With `strict`, a write that must stay direct raises
+    VisibilityError before anything is changed.
+    """
+    start = time.perf_counter()
+    writes = judge(graph)
+    inner = [
+        Decision(path, op, reason="it is inside a control-flow subgraph, which is not followed")
+        for path, op in subgraph_writes(graph)
+    ]
+    report = Report(name, [_decision(write) for write in writes] + inner)
+    if strict and report.refused:
+        raise VisibilityError(
+            "strict mode, and these cache writes cannot be staged:\n"
+            + "\n".join(f"  {d.node} ({d.op}): {d.reason}" for d in report.refused)
+        )
+    for write in writes:
+        if not write.reason:
+            _transform(graph, write)
+    if report.rewritten:
+        graph.eliminate_dead_code(is_impure_node=_keeps)
+        graph.lint()
+    report.seconds = time.perf_counter() - start
+    keep(report)
+    return report
+
+
+class NworPass(CustomGraphPass):
+    """`rewrite` as an Inductor pass: for `post_grad_custom_pre_pass` and pipelines like vLLM's.
+
+    Args:
+        strict: raise where a write must stay direct.
+        dump_dir: write each graph before and after, and the report, into this folder.
+    """
+
+    def __init__(self, *, strict: bool = False, dump_dir: Path | None = None) -> None:
+        self.strict = strict
+        self.dump_dir = dump_dir
+        self.reports: list[Report] = []
+
+    def __call__(self, graph: Graph) -> None:
+        name = f"graph {len(self.reports)}"
+        before = str(graph) if self.dump_dir else ""
+        report = rewrite(graph, strict=self.strict, name=name)
+        self.reports.append(report)
+        log.debug("%s", report)
+        for decision in report.refused:
+            log.warning("NWOR: %s stays direct: %s", decision.node, decision.reason)
+        if self.dump_dir:
+            self.dump_dir.mkdir(parents=True, exist_ok=True)
+            stem = self.dump_dir / name.replace(" ", "_")
+            stem.with_suffix(".before.txt").write_text(before)
+            stem.with_suffix(".after.txt").write_text(str(graph))
+            stem.with_suffix(".report.txt").write_text(str(report))
+
+    def uuid(self) -> str:
+        """Changes with the pass's sources, the op table, the staged ops' schemas and `strict`."""
+        table = [
+            (row, str(op._schema) if (op := resolve(row.staged)) is not None else None)
+            for row in rows()
+        ]
+        text = f"{_sources()}|{table}|strict={self.strict}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # A pass is pickled into cache keys and to compile workers: what it reported stays here.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"strict": self.strict, "dump_dir": self.dump_dir, "reports": []}
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of all files of this package: a helper changes the result as much as the pass."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _decision(write: Write) -> Decision:
+    readers = tuple(node.name for node, _ in write.readers)
+    return Decision(write.node.name, write.op, readers, write.reason)
+
+
+def _transform(graph: Graph, write: Write) -> None:
+    if is_functionalized(write.node):
+        _swap_functionalized(graph, write.node, write.row)
+    else:
+        _swap(graph, write.node, write.row)
+    for node, row in write.readers:
+        _swap(graph, node, row)
+
+
+def _swap(graph: Graph, node: Node, row: CacheWrite | CacheReader) -> None:
+    """Replace a plain call by its staged twin with the same arguments, in the twin's order."""
+    staged = _staged(row)
+    given = {row.rename.get(name, name): value for name, value in arguments(node).items()}
+    positional = []
+    for argument in staged._schema.arguments:
+        if argument.name not in given:
+            break
+        positional.append(given.pop(argument.name))
+    with graph.inserting_before(node):
+        twin = graph.call_function(staged, tuple(positional), given)
+    _replace(graph, node, twin)
+
+
+def _swap_functionalized(graph: Graph, node: Node, row: CacheWrite) -> None:
+    """Replace the op inside `auto_functionalized`; v2 also names its arguments in view keys."""
+    kwargs = {_renamed(key, row): value for key, value in node.kwargs.items()}
+    with graph.inserting_before(node):
+        twin = graph.call_function(node.target, (_staged(row), *node.args[1:]), kwargs)  # type: ignore[arg-type]
+    _replace(graph, node, twin)
+
+
+def _renamed(key: str, row: CacheWrite) -> str:
+    for old, new in row.rename.items():
+        if key == old:
+            return new
+        if key.startswith(f"_{old}_"):
+            return f"_{new}_{key.removeprefix(f'_{old}_')}"
+    return key
+
+
+def _staged(row: CacheWrite | CacheReader) -> OpOverload:
+    op = resolve(row.staged)
+    if op is None:  # judge() refuses such a row, so this is a bug of the pass
+        raise RuntimeError(f"{row.staged} vanished between the decision and the rewrite")
+    return op
+
+
+def _replace(graph: Graph, node: Node, twin: Node) -> None:
+    twin.meta.update(node.meta)
+    node.replace_all_uses_with(twin)
+    graph.erase_node(node)
+
+
+def _keeps(node: Node) -> bool:
+    """What dead-code elimination must keep: whatever is not known to be without effects.
+
+    FX takes a packet (as Dynamo leaves them) for pure even if its op mutates.
+    """
+    if node.op in ("placeholder", "output") or isinstance(node.target, OpOverloadPacket):
+        return True
+    if node.op == "call_function" and isinstance(callee(node), OpOverload):
+        return node.is_impure() or op_name(node.target).startswith("nwor::")
+    return True
+
+
+def rewrite_module(module: GraphModule, *, strict: bool = False, name: str = "graph") -> Report:
+    """`rewrite` on a GraphModule, recompiled if something changed."""
+    report = rewrite(module.graph, strict=strict, name=name)
+    if report.rewritten:
+        module.recompile()
+    return report
