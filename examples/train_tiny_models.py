@@ -29,9 +29,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "nwor_compile" / "demo" / "weights"
 
@@ -67,7 +69,7 @@ DRAFT_SHAPE: dict[str, Any] = COMMON_SHAPE | {
 # Every 33rd chapter (Genesis 17, Genesis 50, ...) is kept out of both the models' and the
 # tokenizer's training: 36 of 1189 chapters.
 HELD_OUT_PERIOD, HELD_OUT_PHASE = 33, 16
-SAMPLE_PERIOD, SAMPLE_BYTES = 4, 16_000  # which held-out chapters go into heldout.txt
+SAMPLE_SIZES = range(2000, 3601)  # heldout.txt: every other held-out chapter of this many bytes
 
 TOKENS_PER_STEP = 4096
 SHORT_WINDOW = 256
@@ -93,7 +95,7 @@ BOOKS = {
     "1Jn": "1 John", "2Jn": "2 John", "3Jn": "3 John", "Jude": "Jude", "Rev": "Revelation",
 }  # fmt: skip
 
-console = Console()
+console = Console(soft_wrap=True)
 
 LossFn = Callable[[Tensor], Tensor]
 
@@ -127,19 +129,17 @@ def read_chapters(path: Path) -> list[Chapter]:
 
 def split_chapters(chapters: list[Chapter]) -> tuple[list[Chapter], list[Chapter]]:
     """Return (training, held-out) chapters by a rule that needs no seed."""
-    train, held_out = [], []
+    train: list[Chapter] = []
+    held_out: list[Chapter] = []
     for index, chapter in enumerate(chapters):
         (held_out if index % HELD_OUT_PERIOD == HELD_OUT_PHASE else train).append(chapter)
     return train, held_out
 
 
 def held_out_sample(held_out: list[Chapter]) -> str:
-    """Every fourth held-out chapter while they fit: whole chapters from across the book."""
-    text = ""
-    for chapter in held_out[::SAMPLE_PERIOD]:
-        if len(text) + len(chapter.text) <= SAMPLE_BYTES:
-            text += chapter.text
-    return text
+    """Six whole chapters (16 KB) from law, history, poetry, prophets, letters and Revelation."""
+    chapters = [chapter for chapter in held_out if len(chapter.text) in SAMPLE_SIZES]
+    return "".join(chapter.text for chapter in chapters[::2])
 
 
 # ---- tokenizer ------------------------------------------------------------------------------
@@ -205,8 +205,14 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def fit(model: LlamaForCausalLM, loss_fn: LossFn, batches: Iterator[Tensor], steps: int,
-        peak_lr: float, title: str) -> float:  # fmt: skip
+def fit(
+    model: LlamaForCausalLM,
+    loss_fn: LossFn,
+    batches: Iterator[Tensor],
+    steps: int,
+    peak_lr: float,
+    title: str,
+) -> float:
     """Minimise `loss_fn` with AdamW; return its mean over the last tenth of the steps."""
     # Norm gains are vectors; decaying them towards 0 only fights the layer that follows.
     groups = [
@@ -215,8 +221,13 @@ def fit(model: LlamaForCausalLM, loss_fn: LossFn, batches: Iterator[Tensor], ste
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, loss=math.nan)
         for step, ids in enumerate(batches):
@@ -224,7 +235,7 @@ def fit(model: LlamaForCausalLM, loss_fn: LossFn, batches: Iterator[Tensor], ste
                 group["lr"] = learning_rate(step, steps, peak_lr)
             loss = loss_fn(ids)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item())
@@ -247,8 +258,9 @@ def train_target(tokens: Tensor, steps: int, seed: int, compiled: bool) -> Llama
     return model
 
 
-def train_draft(target: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int,
-                compiled: bool) -> LlamaForCausalLM:  # fmt: skip
+def train_draft(
+    target: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int, compiled: bool
+) -> LlamaForCausalLM:
     """Distil the draft: match the target's next-token distributions on the training text."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**DRAFT_SHAPE))
@@ -270,7 +282,9 @@ def train_draft(target: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int,
 
 def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that `from_pretrained` and vLLM load: bfloat16 weights and tokenizer."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # save_pretrained leaves it private
     (folder / "generation_config.json").unlink(missing_ok=True)  # repeats config.json's ids
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -302,12 +316,11 @@ def load_model(folder: Path) -> LlamaForCausalLM:
 def mean_loss(model: LlamaForCausalLM, tokens: Tensor, window: int) -> float:
     """Nats per token over consecutive windows of `tokens`, the short last one left out."""
     windows = tokens[: len(tokens) // window * window].view(-1, window)
-    losses = [
-        next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
-        for ids in windows.split(max(1, TOKENS_PER_STEP // window))
-    ]
-    weights = torch.tensor([len(ids) for ids in windows.split(max(1, TOKENS_PER_STEP // window))])
-    return float((torch.stack(losses) * weights).sum() / weights.sum())
+    total = 0.0
+    for ids in windows.split(TOKENS_PER_STEP // window):
+        logits = model(input_ids=ids, use_cache=False).logits
+        total += float(next_token_loss(logits, ids)) * len(ids)
+    return total / len(windows)
 
 
 def report_losses(name: str, model: LlamaForCausalLM, tokens: Tensor, n_bytes: int) -> None:
@@ -318,6 +331,15 @@ def report_losses(name: str, model: LlamaForCausalLM, tokens: Tensor, n_bytes: i
         f"{name}: {short:.4f} nats/token, {bits:.4f} bits/byte ({SHORT_WINDOW}-token windows); "
         f"{long:.4f} nats/token ({LONG_WINDOW}-token windows)"
     )
+
+
+class Workload(NamedTuple):
+    """What to measure: `prompts` prompts, each continued with k drafts a round."""
+
+    k: int
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
 
 
 class Acceptance(NamedTuple):
@@ -332,14 +354,14 @@ class Acceptance(NamedTuple):
 
 def greedy(model: LlamaForCausalLM, ids: Tensor, last: int) -> Tensor:
     """The argmax next token after each of the `last` final positions of `ids` (1-D)."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, -last:]
-    tokens: Tensor = logits.argmax(-1)
-    return tokens
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, -last:]
+    return logits.argmax(-1)
 
 
 @torch.inference_mode()
-def speculate(target: LlamaForCausalLM, draft: LlamaForCausalLM, prompt: Tensor, k: int,
-              new_tokens: int) -> tuple[Acceptance, Tensor]:  # fmt: skip
+def speculate(
+    target: LlamaForCausalLM, draft: LlamaForCausalLM, prompt: Tensor, k: int, new_tokens: int
+) -> tuple[Acceptance, Tensor]:
     """Greedy speculative decoding without caches: propose k, keep the agreed prefix plus one."""
     ids, rounds, accepted, first = prompt, 0, 0, 0
     while len(ids) < len(prompt) + new_tokens:
@@ -351,11 +373,10 @@ def speculate(target: LlamaForCausalLM, draft: LlamaForCausalLM, prompt: Tensor,
         kept = int(agrees.cumprod(0).sum())
         ids = torch.cat([ids, verified[: kept + 1]])
         rounds, accepted, first = rounds + 1, accepted + kept, first + int(agrees[0])
-    counts = Acceptance(rounds, rounds * k, accepted, first, len(ids) - len(prompt))
-    return counts, ids
+    return Acceptance(rounds, rounds * k, accepted, first, len(ids) - len(prompt)), ids
 
 
-def measure(out: Path, k: int, n_prompts: int, prompt_tokens: int, new_tokens: int) -> Acceptance:
+def measure(out: Path, work: Workload) -> Acceptance:
     """Speculate from evenly spaced prompts of heldout.txt; print and return the sums."""
     target, draft = load_model(out / "target"), load_model(out / "draft")
     tokenizer = Tokenizer.from_file(str(out / "target" / "tokenizer.json"))
@@ -363,27 +384,25 @@ def measure(out: Path, k: int, n_prompts: int, prompt_tokens: int, new_tokens: i
     tokens = torch.tensor(tokenizer.encode(text).ids)
     report_losses("target, heldout.txt", target, tokens, len(text))
     report_losses("draft, heldout.txt", draft, tokens, len(text))
-    starts = torch.linspace(0, len(tokens) - prompt_tokens, n_prompts).long()
     results = []
-    for start in starts.tolist():
-        counts, ids = speculate(
-            target, draft, tokens[start : start + prompt_tokens], k, new_tokens
-        )
+    for start in torch.linspace(0, len(tokens) - work.prompt_tokens, work.prompts).long():
+        prompt = tokens[start : start + work.prompt_tokens]
+        counts, ids = speculate(target, draft, prompt, work.k, work.new_tokens)
         results.append(counts)
-        if len(results) in (1, n_prompts // 2):
-            prompt, answer = (tokenizer.decode(part.tolist()) for part in
-                              (ids[:prompt_tokens], ids[prompt_tokens:]))  # fmt: skip
-            console.print(f"[dim]{prompt}[/dim] [bold]|[/bold]{answer}", highlight=False)
+        if len(results) in (1, work.prompts // 2):  # two continuations to look at
+            prefix, answer = tokenizer.decode(prompt.tolist()), tokenizer.decode(ids.tolist())
+            console.print(Text(prefix, "dim"), Text("|", "bold"), Text(answer[len(prefix) :]))
     total = Acceptance(*(sum(column) for column in zip(*results, strict=True)))
-    print_acceptance(total, k, n_prompts, prompt_tokens, new_tokens)
+    print_acceptance(total, work)
     return total
 
 
-def print_acceptance(total: Acceptance, k: int, n_prompts: int, prompt_tokens: int,
-                     new_tokens: int) -> None:  # fmt: skip
+def print_acceptance(total: Acceptance, work: Workload) -> None:
     """Print the measured rates as a table."""
-    table = Table(title=f"greedy acceptance, k={k}, {n_prompts} prompts of {prompt_tokens} "
-                  f"tokens, {new_tokens} new tokens each")  # fmt: skip
+    table = Table(
+        title=f"greedy acceptance, k={work.k}, {work.prompts} prompts of {work.prompt_tokens} "
+        f"tokens, {work.new_tokens} new tokens each"
+    )
     for heading in ("accepted / proposed", "first position", "tokens per round"):
         table.add_column(heading)
     table.add_row(
@@ -397,8 +416,17 @@ def print_acceptance(total: Acceptance, k: int, n_prompts: int, prompt_tokens: i
 # ---- command line ---------------------------------------------------------------------------
 
 
-def train(text: Path, out: Path, target_steps: int, draft_steps: int, seed: int, compiled: bool,
-          keep_target: bool) -> None:  # fmt: skip
+class Recipe(NamedTuple):
+    """How long and how to train."""
+
+    target_steps: int
+    draft_steps: int
+    seed: int
+    compiled: bool
+    keep_target: bool
+
+
+def train(text: Path, out: Path, recipe: Recipe) -> None:
     """Train tokenizer, target and draft, save them, and print the held-out losses."""
     training, held_out = split_chapters(read_chapters(text))
     out.mkdir(parents=True, exist_ok=True)
@@ -410,24 +438,26 @@ def train(text: Path, out: Path, target_steps: int, draft_steps: int, seed: int,
         f"{len(training)} training chapters, {len(train_tokens)} tokens; "
         f"{len(held_out)} held out, {len(test_tokens)} tokens, {test_bytes} bytes"
     )
-    if not keep_target:
-        model = train_target(train_tokens, target_steps, seed, compiled)
+    if not recipe.keep_target:
+        model = train_target(train_tokens, recipe.target_steps, recipe.seed, recipe.compiled)
         save_model(model, tokenizer, out / "target")
     target = load_model(out / "target")  # the draft learns from the weights that ship
     report_losses("target, held out", target, test_tokens, test_bytes)
-    draft = train_draft(target, train_tokens, draft_steps, seed, compiled)
+    draft = train_draft(target, train_tokens, recipe.draft_steps, recipe.seed, recipe.compiled)
     save_model(draft, tokenizer, out / "draft")
     report_losses("draft, held out", load_model(out / "draft"), test_tokens, test_bytes)
 
 
 def main(
-    text: Annotated[Path | None, typer.Argument(help="Output of `bible -f gen1:1-rev22:21`.",
-                                                exists=True, dir_okay=False)] = None,
+    text: Annotated[
+        Path | None,
+        typer.Argument(help="Output of `bible -f gen1:1-rev22:21`.", exists=True, dir_okay=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the weights.")] = DEFAULT_OUT,
     only_measure: Annotated[bool, typer.Option("--measure", help="Only measure OUT.")] = False,
     keep_target: Annotated[bool, typer.Option(help="Train only a draft for OUT/target.")] = False,
-    target_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 3600,
-    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 2400,
+    target_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 2600,
+    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 1500,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
@@ -435,16 +465,17 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts to measure with.", min=2)] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-) -> None:  # fmt: skip
+) -> None:
     """Train the demo's target and draft models on TEXT, or measure the ones in OUT."""
     torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
     if text is None and not only_measure:
         raise typer.BadParameter("expected TEXT to train on, or --measure to measure OUT")
     if text is not None and not only_measure:
         started = time.perf_counter()
-        train(text, out, target_steps, draft_steps, seed, compiled, keep_target)
+        train(text, out, Recipe(target_steps, draft_steps, seed, compiled, keep_target))
         console.print(f"training took {time.perf_counter() - started:.0f} s")
-    measure(out, k, prompts, prompt_tokens, new_tokens)
+    measure(out, Workload(k, prompts, prompt_tokens, new_tokens))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""No-Write-On-Reject KV caching for speculative decoding, as torch.compile passes and custom ops."""
+"""No-Write-On-Reject KV caching for speculative decoding: torch.compile passes and ops."""
 
 import nwor_compile.ops  # noqa: F401  registers torch.ops.nwor
 from nwor_compile.backend import compile_options

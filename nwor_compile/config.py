@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -47,8 +47,8 @@ class NworConfig(BaseModel):
         source = dict.fromkeys(settings, "argument")
         merged = dict(settings)
         for name, variable in ENVIRONMENT.items():
-            if name not in merged and os.environ.get(variable, "") != "":
-                merged[name] = os.environ[variable].lower()
+            if name not in merged and os.environ.get(variable, "").strip() != "":
+                merged[name] = os.environ[variable].strip().lower()
                 source[name] = f"environment variable {variable}"
         try:
             return cls(**merged)
@@ -57,9 +57,16 @@ class NworConfig(BaseModel):
             name = str(first["loc"][0])
             where = source.get(name, "argument")
             raise ConfigError(
-                f"nwor setting {name!r} ({where}): got {first.get('input')!r}; {first['msg']}"
+                f"nwor setting {name!r} ({where}): got {first.get('input')!r}; {cls._allowed(name)}"
             ) from None
 
+    @classmethod
+    def _allowed(cls, name: str) -> str:
+        if name not in cls.model_fields:
+            return f"the settings are {', '.join(cls.model_fields)}"
+        values = get_args(cls.model_fields[name].annotation) or ("true", "1", "false", "0")
+        return f"expected {', '.join(values[:-1])} or {values[-1]}"
+
     def compile_key(self) -> dict[str, Any]:
-        """The settings that change the compiled graph. The others may change without a recompile."""
+        """The settings that change the compiled graph; the others never cause a recompile."""
         return {"mode": self.mode, "strict": self.strict}

@@ -76,8 +76,8 @@ class WindowLog:
         if "columns" not in self._warned:
             self._warned.add("columns")
             log.warning(
-                "SCV: sampled_ids has %d columns, %d drafts need %d; drafts past the last column "
-                "are rejected",
+                "SCV: sampled_ids has %d columns, %d drafts need %d; drafts past the last column, "
+                "if there are any, are rejected",
                 columns, max_drafts, max_drafts + 1,
             )  # fmt: skip
 

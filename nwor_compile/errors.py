@@ -14,7 +14,7 @@ class WindowOrderError(NworError, RuntimeError):
 
 
 class WindowInputError(NworError, ValueError):
-    """An argument of `begin` does not fit the window; no window was opened."""
+    """An argument of `Window` or `begin` does not fit; nothing was registered, no window opened."""
 
 
 class StagingAllocationError(NworError, MemoryError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from nwor_compile.errors import StagingAllocationError, WindowInputError
 from nwor_compile.ops import cache_table
-from nwor_compile.ops.layout import logical_key, logical_value
+from nwor_compile.ops.layout import check_cache, check_dtype, logical_key, logical_value
 
 Caches = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -65,16 +67,12 @@ def build_batches(
     Raises:
         StagingAllocationError: out of memory, with the bytes asked for.
     """
-    device = next(iter(layers.values()))[0].device
     buckets: dict[tuple[object, ...], list[str]] = {}
     for name, (key, value) in layers.items():
         group = groups.get(name, "kv")
         geometry = (key.shape, key.stride(), key.dtype, value.shape, value.stride())
         buckets.setdefault((group, *geometry), []).append(name)
-    slots = {
-        group: torch.full((capacity + 1,), -1, dtype=torch.int64, device=device)
-        for group in dict.fromkeys(str(bucket[0]) for bucket in buckets)
-    }
+    slots = _allocate_slots((str(bucket[0]) for bucket in buckets), capacity, state.device)
     batches, first = [], 0
     for bucket, names in buckets.items():
         group = str(bucket[0])
@@ -98,39 +96,90 @@ def build_batches(
     return batches
 
 
+def _allocate_slots(
+    groups: Iterable[str], capacity: int, device: torch.device
+) -> dict[str, Tensor]:
+    names = list(dict.fromkeys(groups))
+    wanted = 8 * len(names) * (capacity + 1)
+    with _typed_out_of_memory(f"{len(names)} slot buffers", wanted, device):
+        return {
+            name: torch.full((capacity + 1,), -1, dtype=torch.int64, device=device)
+            for name in names
+        }
+
+
 def _allocate(
     key_cache: Tensor, value_cache: Tensor, layers: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
     heads = logical_key(key_cache).shape[2]
     size = logical_value(key_cache, value_cache).shape[3]
     shape = (layers, capacity, heads, size)
-    try:
+    wanted = 2 * layers * capacity * heads * size * key_cache.element_size()
+    what = f"staging of {layers} layers x {capacity} rows x {heads} heads x {size}"
+    with _typed_out_of_memory(what, wanted, key_cache.device):
         # Zeros, not empty: a row that was never staged must not read as NaN under a mask.
         return (
             torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device),
             torch.zeros(shape, dtype=value_cache.dtype, device=value_cache.device),
         )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        wanted = 2 * layers * capacity * heads * size * key_cache.element_size()
+
+
+@contextlib.contextmanager
+def _typed_out_of_memory(what: str, wanted: int, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch's CPU allocator raises a plain RuntimeError; its text is all there is to go by.
+        typed = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not typed and "allocate memory" not in str(error) and "overflow" not in str(error):
+            raise
         raise StagingAllocationError(
-            f"staging of {layers} layers x {capacity} rows x {heads} heads x {size} needs "
-            f"{wanted} bytes on {key_cache.device}: lower max_requests or max_drafts, or give the "
-            "KV cache less memory"
+            f"{what} needs {wanted} bytes on {device}: lower max_requests or max_drafts, or give "
+            "the KV cache less memory"
         ) from error
 
 
-def check_layers(layers: Caches, max_requests: int, max_drafts: int, max_tokens: int) -> None:
-    """Raise WindowInputError for an empty or impossible window."""
+def check_layers(
+    layers: Caches, groups: Mapping[str, str], *, poison: bool, kv_cache_dtype: str
+) -> None:
+    """Raise WindowInputError unless these caches can be staged in one window."""
     if not layers:
         raise WindowInputError("layers: expected at least one named (key cache, value cache) pair")
-    for name, number in (
-        ("max_requests", max_requests), ("max_drafts", max_drafts), ("max_tokens", max_tokens),
-    ):  # fmt: skip
-        if number < 1:
-            raise WindowInputError(f"{name}: expected at least 1, got {number}")
-    devices = {key.device for key, _ in layers.values()}
+    unknown = [name for name in groups if name not in layers]
+    if unknown:
+        raise WindowInputError(f"groups: {unknown} are no layers; there are {list(layers)}")
+    devices = {cache.device for pair in layers.values() for cache in pair}
     if len(devices) > 1:
         listing = ", ".join(sorted(str(device) for device in devices))
         raise WindowInputError(
             f"layers: all caches of a window must be on one device, got {listing}"
         )
+    for name, (key, value) in layers.items():
+        try:
+            rows = logical_key(key).shape
+            heads = rows[2] if len(rows) > 2 else 0
+            check_cache(key, value, heads, math.prod(rows[3:]))
+            if poison:
+                check_dtype("key cache", key, kv_cache_dtype, key.dtype)
+        except (ValueError, TypeError) as error:
+            raise WindowInputError(f"layer {name!r}: {error}") from error
+    _check_distinct(layers)
+
+
+def _check_distinct(layers: Caches) -> None:
+    owners: dict[int, str] = {}
+    for name, pair in layers.items():
+        for kind, cache in zip(("key", "value"), pair, strict=True):
+            mine = f"{kind} cache of {name!r}"
+            other = owners.setdefault(cache.data_ptr(), mine)
+            if other != mine:
+                raise WindowInputError(
+                    f"layers: the {mine} is the {other}; layers that share a cache are one layer"
+                )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise WindowInputError for a size below 1."""
+    for name, number in sizes.items():
+        if number < 1:
+            raise WindowInputError(f"{name}: expected at least 1, got {number}")

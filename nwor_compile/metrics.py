@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, UnknownMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
@@ -75,8 +75,7 @@ def read_metrics(window: Window) -> Metrics:
     )
 
 
-_GAUGES = ("nwor_acceptance_rate", "nwor_unique_tokens")
-_PER_POSITION = ("nwor_drafted_per_position", "nwor_accepted_per_position")
+_GAUGES = ("nwor_acceptance_rate", "nwor_acceptance_rate_per_position", "nwor_unique_tokens")
 
 
 class NworCollector(Collector):
@@ -88,17 +87,20 @@ class NworCollector(Collector):
     def __init__(self, window: Window) -> None:
         self.window = window
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """One family a field of `Metrics`; per-position counters carry a `position` label."""
-        snapshot = self.window.metrics().model_dump()
-        for name, value in snapshot.items():
+    def collect(self) -> Iterator[GaugeMetricFamily | UnknownMetricFamily]:
+        """One family a field of `Metrics`, under exactly that name; lists have a `position` label.
+
+        prometheus_client would serve a counter called `nwor_total_staged` as
+        `nwor_total_staged_total`. So the counters are of type unknown: `rate()` works on them just
+        the same, and the names are those in the log and in `Metrics`.
+        """
+        for name, value in self.window.metrics().model_dump().items():
             text = name.removeprefix("nwor_").replace("_", " ")
-            if name in _PER_POSITION:
-                family = CounterMetricFamily(name, text, labels=["position"])
+            family_type = GaugeMetricFamily if name in _GAUGES else UnknownMetricFamily
+            if isinstance(value, list):
+                family = family_type(name, text, labels=["position"])
                 for position, amount in enumerate(value):
                     family.add_metric([str(position)], amount)
                 yield family
-            elif name in _GAUGES:
-                yield GaugeMetricFamily(name, text, value=value)
-            elif isinstance(value, int):
-                yield CounterMetricFamily(name, text, value=value)
+            else:
+                yield family_type(name, text, value=value)

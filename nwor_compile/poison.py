@@ -44,11 +44,12 @@ def touched_early(batches: Sequence[LayerBatch], poison: str, kv_cache_dtype: st
         slots = batch.slots[:-1]
         for key_cache, value_cache in zip(batch.key_caches, batch.value_caches, strict=True):
             for cache in (logical_key(key_cache), logical_value(key_cache, value_cache)):
-                block_size = cache.shape[1]
-                place = slots.clamp(min=0)
+                blocks, block_size = cache.shape[:2]
+                inside = (slots >= 0) & (slots < blocks * block_size)
+                place = torch.where(inside, slots, 0)
                 rows = cache[place // block_size, place % block_size].flatten(1)
                 wide = decode(rows, kv_cache_dtype, None)
                 # fp8 saturates the large marker, so compare with the smallest it can become.
                 intact = wide.isnan() if poison == "nan" else wide >= 448.0
-                touched |= ((slots >= 0) & ~intact.all(1)).any()
+                touched |= (inside & ~intact.all(1)).any()
     return touched.to(torch.int32) * EARLY_WRITE

@@ -12,7 +12,7 @@ from torch import Tensor
 from nwor_compile.ops.staging import Routing
 
 # Bits of the window's error flag.
-OVERFLOW = 1  # more drafts than staging rows
+OVERFLOW = 1  # more drafts than staging rows, or a layer met a draft without a row
 BAD_COUNTS = 2  # a negative count, more drafts than max_drafts, or no certain token before them
 COUNT_MISMATCH = 4  # a layer staged another number of rows than the window has drafts
 ID_MISMATCH = 8  # sampled ids and counts contradict the drafts
@@ -52,40 +52,47 @@ def route(
     num_drafts: Tensor,
     query_start_loc: Tensor,
     *,
+    has_slots: Tensor,
     max_drafts: int,
     capacity: int,
 ) -> Tensor:
     """Fill `routing` for one step; return the error bits as an int32 `[1]` tensor.
 
-    Impossible counts route every token as certain with no tail, so the certain rows stay right.
+    Impossible counts leave every request without a tail. The tokens that were said to be drafts
+    then get a staging row that does not exist, and so go nowhere: a draft row may not reach the
+    cache because some count was wrong. Where a count leaves no certain token, or is negative, it
+    does not say which tokens are drafts; all tokens of that request are certain.
 
     Args:
         num_drafts: `[R]` integer, R <= max_requests.
         query_start_loc: `[R + 1]` integer, R of `num_drafts`; tokens past the last are padding.
+        has_slots: bool scalar; False for a warm-up step, which has no drafts whatever its counts.
         max_drafts: most drafts a request may have.
         capacity: staging rows there are.
     """
     requests = num_drafts.shape[0]
     starts = query_start_loc.long()
-    drafts = num_drafts.long()
     spans = starts[1:] - starts[:-1]
+    counts = torch.where(has_slots, num_drafts.long(), 0)
     # With no drafts a span may be empty; with drafts a certain token must precede them.
-    bad = (drafts < 0) | (drafts > max_drafts) | ((drafts > 0) & (drafts >= spans))
-    overflow = drafts.clamp(min=0).sum() > capacity
-    flagged = bad.any() | overflow
-    drafts = torch.where(flagged, 0, drafts)
+    contradicted = (counts < 0) | ((counts > 0) & (counts >= spans))
+    bad = (contradicted | (counts > max_drafts)).any()
+    overflow = counts.clamp(min=0).sum() > capacity
+    flagged = bad | overflow
+    drafts = torch.where(contradicted, 0, counts)
     tails = drafts.cumsum(0) - drafts
 
     token = torch.arange(routing.row_map.shape[0], device=routing.row_map.device)
     owner = torch.searchsorted(starts[1:], token, right=True).clamp(max=requests - 1)
     draft = token - (starts[owner + 1] - drafts[owner])
     is_draft = (token < starts[requests]) & (draft >= 0)
-    routing.row_map.copy_(torch.where(is_draft, tails[owner] + draft, -1))
+    row = torch.where(flagged, capacity, tails[owner] + draft)
+    routing.row_map.copy_(torch.where(is_draft, row, -1))
     routing.num_drafts.zero_()
-    routing.num_drafts[:requests].copy_(drafts)
+    routing.num_drafts[:requests].copy_(torch.where(flagged, 0, drafts))
     routing.tail_start.zero_()
     routing.tail_start[:requests].copy_(tails)
-    bits = bad.any().to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW
+    bits = bad.to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW
     return bits.view(1)
 
 
@@ -97,7 +104,7 @@ def snapshot_slots(slots: Tensor, row_map: Tensor, slot_mapping: Tensor) -> None
 
     Args:
         slots: int64 `[capacity + 1]`, overwritten; -1 for rows that are not in use. The last entry
-            takes the certain rows and means nothing.
+            takes the tokens without a staging row and means nothing.
         row_map: `[max_tokens]`.
         slot_mapping: `[T <= max_tokens]`.
     """

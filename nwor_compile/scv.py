@@ -18,7 +18,7 @@ from torch import Tensor
 from nwor_compile.groups import LayerBatch
 from nwor_compile.ops import accept_mask, commit_kv
 from nwor_compile.ops.staging import Routing
-from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH
+from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 
 log = logging.getLogger("nwor_compile")
 
@@ -29,7 +29,7 @@ class Committed:
 
     accepted: int32 `[R]`, drafts accepted a request (0 everywhere if `error`).
     mask: bool `[N]`, staged rows that moved to the cache.
-    error: int32 `[1]`, bits of `nwor_compile.routing`.
+    error: int32 `[1]`, bits of `nwor_compile.routing`; the next `begin` clears it.
     """
 
     accepted: Tensor
@@ -55,22 +55,32 @@ class WindowTensors:
 
 
 def validate(
-    tensors: WindowTensors, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+    tensors: WindowTensors,
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    ids_given: Tensor | int | None = None,
 ) -> Committed:
-    """Accept, check and commit on the device; no synchronisation, one shape for every outcome."""
+    """Accept, check and commit on the device; no synchronisation, one shape for every outcome.
+
+    ids_given: how many entries of `draft_ids` the caller gave, if not all of them.
+    """
     requests = sampled_ids.shape[0]
     ends = tensors.drafts[:requests].cumsum(0, dtype=torch.int32)
     mask, accepted, mismatch = accept_mask(sampled_ids, draft_ids, ends, num_sampled)
-    return finish(tensors, mask, accepted, mismatch * ID_MISMATCH)
+    # Drafts without an id would count as accepted, and their rows would be lost.
+    short = ends[-1:] > (draft_ids.shape[0] if ids_given is None else ids_given)
+    return finish(tensors, mask, accepted, ((mismatch != 0) | short).to(torch.int32) * ID_MISMATCH)
 
 
 def finish(tensors: WindowTensors, mask: Tensor, accepted: Tensor, bits: Tensor) -> Committed:
     """Fold all error sources into the window's flag, then commit all batches or none."""
     requests = accepted.shape[0]
     staged = tensors.routing.num_drafts.sum(dtype=torch.int32)
-    uneven = ((tensors.state[:, 0] != staged) | (tensors.state[:, 1] != 0)).any()
+    uneven = (tensors.state[:, 0] != staged).any().to(torch.int32)
+    overflow = (tensors.state[:, 1] != 0).any().to(torch.int32)
     error = tensors.error
-    error += bits + uneven.to(torch.int32) * COUNT_MISMATCH
+    error |= bits | uneven * COUNT_MISMATCH | overflow * OVERFLOW
     accepted = torch.where(error == 0, accepted, 0)
     mask = mask & (error == 0)
     if not tensors.staging:
@@ -100,7 +110,9 @@ def host_loop(
     rows, drafts = sampled_ids.tolist(), draft_ids.tolist()
     counts = tensors.drafts[: len(rows)].tolist()
     given = num_sampled.tolist() if num_sampled is not None else None
-    mask, accepted, mismatch, start = [False] * len(drafts), [], False, 0
+    mask, accepted, start = [False] * len(drafts), [], 0
+    mismatch = sum(counts) > len(drafts)
+    drafts += [-1] * (sum(counts) - len(drafts))
     for r, (row, count) in enumerate(zip(rows, counts, strict=True)):
         if given is None:
             total = next((i for i, token in enumerate(row) if token < 0), len(row))
@@ -131,6 +143,7 @@ class _Captured:
     sampled_ids: Tensor
     draft_ids: Tensor
     num_sampled: Tensor
+    ids_given: Tensor
     result: Committed
     faster: bool = True
 
@@ -160,15 +173,21 @@ class GraphValidator:
 
     def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
         if sampled_ids.device.type != "cuda":
-            return self._run_vectorised("CUDA is missing")
-        bucket = next((b for b in sorted(self.graphs) if b >= sampled_ids.shape[0]), None)
+            self._run_vectorised("CUDA is missing")
+            return None
+        fitting = (
+            size
+            for size, graph in self.graphs.items()
+            if size >= sampled_ids.shape[0] and graph.draft_ids.shape[0] >= draft_ids.shape[0]
+        )
+        bucket = min(fitting, default=None)
         if bucket is None:
-            return self._run_vectorised("no graph was captured for this size")
+            self._run_vectorised("no graph was captured for this size")
+            return None
         captured = self.graphs[bucket]
-        if draft_ids.shape[0] > captured.draft_ids.shape[0]:
-            return self._run_vectorised("more draft rows than the graph's buffers")
         if sampled_ids.shape[1] > captured.sampled_ids.shape[1]:
-            return self._run_vectorised("more sampled columns than the graph's buffers")
+            self._run_vectorised("more sampled columns than the graph's buffers")
+            return None
         if self.adaptive and not captured.faster:
             return None
         return captured
@@ -197,6 +216,7 @@ class GraphValidator:
         sampled = torch.full((size, self.max_drafts + 1), -1, dtype=torch.int64, device=device)
         drafts = torch.zeros(rows, dtype=torch.int64, device=device)
         counts = torch.zeros(size, dtype=torch.int32, device=device)
+        given = torch.zeros(1, dtype=torch.int32, device=device)
         try:
             # The first calls compile the kernels and must not be part of the graph. The draft
             # counts are zero, so they move nothing.
@@ -204,12 +224,12 @@ class GraphValidator:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                validate(tensors, sampled, drafts, counts)
+                validate(tensors, sampled, drafts, counts, given)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                result = validate(tensors, sampled, drafts, counts)
-            captured = _Captured(graph, sampled, drafts, counts, result)
+                result = validate(tensors, sampled, drafts, counts, given)
+            captured = _Captured(graph, sampled, drafts, counts, given, result)
             if self.adaptive:
                 captured.faster = self._time(size, captured)
             self.graphs[size] = captured
@@ -243,6 +263,7 @@ def _replay(
     captured.sampled_ids[:requests, :columns].copy_(sampled_ids)
     captured.draft_ids.fill_(-1)
     captured.draft_ids[: draft_ids.shape[0]].copy_(draft_ids)
+    captured.ids_given.fill_(draft_ids.shape[0])
     captured.num_sampled.zero_()
     if num_sampled is None:
         num_sampled = (sampled_ids >= 0).to(torch.int32).cumprod(1).sum(1)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from nwor_compile.config import NworConfig
 from nwor_compile.debug import WindowLog
 from nwor_compile.errors import WindowInputError, WindowOrderError
-from nwor_compile.groups import Caches, build_batches, check_layers
+from nwor_compile.groups import Caches, build_batches, check_layers, check_sizes
 from nwor_compile.metrics import Metrics, read_metrics
 from nwor_compile.ops import counter_size
 from nwor_compile.ops.counters import COUNTERS
@@ -63,7 +63,7 @@ class Window:
         groups: name to slot group, where layers do not share one slot mapping.
         direct_caches: key caches of a drafter that runs rewritten ops inside windows.
     Raises:
-        WindowInputError, StagingAllocationError, ValueError: nothing stays registered.
+        WindowInputError, StagingAllocationError, ConfigError, ValueError: nothing stays registered.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class Window:
         groups: Mapping[str, str] | None = None,
         direct_caches: Iterable[Tensor] = (),
     ) -> None:
-        check_layers(layers, max_requests, max_drafts, max_tokens)
+        check_sizes(max_requests=max_requests, max_drafts=max_drafts, max_tokens=max_tokens)
         self.config = config if config is not None else NworConfig.load()
+        poison = self.config.poison != "off"
+        check_layers(layers, groups or {}, poison=poison, kv_cache_dtype=kv_cache_dtype)
         self.max_requests, self.max_drafts, self.max_tokens = max_requests, max_drafts, max_tokens
         self.capacity = max_requests * max_drafts
         self.kv_cache_dtype = kv_cache_dtype
@@ -152,7 +154,12 @@ class Window:
         self._fake = isinstance(num_drafts, FakeTensor)
         self._requests = num_drafts.shape[0]
         if not self._fake:
-            self._route(num_drafts, query_start_loc, slots)
+            try:
+                self._route(num_drafts, query_start_loc, slots)
+            except BaseException:
+                # Half a window would stage the rows of the next forward pass, and lose them.
+                clear(self.tensors.routing)
+                raise
             window_opened()
         self._state = State.OPEN
 
@@ -163,7 +170,7 @@ class Window:
 
         Arguments as for `nwor_compile.ops.accept_mask`; `draft_ids` has one id a draft of this
         window, request after request, possibly padded. Ids of a wrong shape, dtype or device are
-        logged, accept nothing and count a fallback. The result is valid until the next commit.
+        logged, accept nothing and count a fallback. The result is valid until the next `begin`.
 
         Raises WindowOrderError if no window is open.
         """
@@ -208,6 +215,8 @@ class Window:
         """Capture the SCV graphs for these numbers of requests (powers of two up to max_requests).
 
         Synchronises; call it before the first window. Stages nothing.
+
+        Raises WindowOrderError while a window is open, WindowInputError for an impossible size.
         """
         self._expect(State.IDLE, "warm_up")
         if self.config.scv == "off":
@@ -215,6 +224,11 @@ class Window:
         if sizes is None:
             sizes = [1 << i for i in range(self.max_requests.bit_length())]
             sizes = [min(size, self.max_requests) for size in [*sizes, self.max_requests]]
+        sizes = list(sizes)
+        if any(not 1 <= size <= self.max_requests for size in sizes):
+            raise WindowInputError(
+                f"sizes: expected 1 to {self.max_requests} (max_requests), got {sizes}"
+            )
         self.validator.warm_up(sizes)
 
     def metrics(self) -> Metrics:
@@ -222,8 +236,12 @@ class Window:
         return read_metrics(self)
 
     def flush_log(self) -> None:
-        """Print the debug lines of the last window, which otherwise wait for the next one."""
-        self._log.flush()
+        """Print the debug lines of the last window, which otherwise wait for the next one.
+
+        Does nothing while a window is open: its lines are not complete.
+        """
+        if self._state is not State.OPEN:
+            self._log.flush()
 
     def close(self) -> None:
         """Take the layers out of the registry: graphs that were rewritten write directly again."""
@@ -251,7 +269,7 @@ class Window:
             for cache in direct_caches:
                 register_direct(cache)
                 self._registered.append(cache)
-        except ValueError:
+        except BaseException:
             self.close()
             raise
 
@@ -302,10 +320,11 @@ class Window:
         checked.update({f"slot_mapping[{name}]": slots[name] for name in names})
         for name, tensor in checked.items():
             self._check_integer(name, tensor)
-            if tensor.dim() != 1 or tensor.shape[0] > max(self.max_tokens, requests + 1):
+        for name in names:
+            if slots[name].dim() != 1 or slots[name].shape[0] > self.max_tokens:
                 raise WindowInputError(
-                    f"{name}: expected 1-D with at most {self.max_tokens} tokens (max_tokens), "
-                    f"got {list(tensor.shape)}"
+                    f"slot_mapping[{name}]: expected [at most {self.max_tokens}] (max_tokens), got "
+                    f"{list(slots[name].shape)}"
                 )
         return slots
 
@@ -323,15 +342,15 @@ class Window:
         tensors = self.tensors
         self._log.flush()
         tensors.state.zero_()
-        tensors.error.zero_()
         bits = route(
             tensors.routing,
             num_drafts,
             query_start_loc,
+            has_slots=_any_slot(slots.values()),
             max_drafts=self.max_drafts,
             capacity=self.capacity,
         )
-        tensors.error.add_(bits)
+        tensors.error.copy_(bits)
         tensors.drafts.copy_(tensors.routing.num_drafts)
         if not tensors.staging:
             clear(tensors.routing)
@@ -351,7 +370,7 @@ class Window:
         """Invariant 1 in debug: the open slots of every layer still hold the poison."""
         if self.config.poison != "off":
             touched = touched_early(self.tensors.batches, self.config.poison, self.kv_cache_dtype)
-            self.tensors.error.add_(touched)
+            self.tensors.error.bitwise_or_(touched)
 
     def _validate(
         self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
@@ -362,15 +381,20 @@ class Window:
         columns = sampled_ids.shape[1]
         if columns < self.max_drafts + 1:
             self._log.warn_columns(columns, self.max_drafts)
-        run = host_loop if self.config.scv == "off" else None
-        if run is not None:
-            return run(self.tensors, sampled_ids, draft_ids, num_sampled)
+        if self.config.scv == "off":
+            return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled)
         return self.validator(sampled_ids, draft_ids, num_sampled)
 
     def _problem(
         self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
     ) -> str | None:
         """What is wrong with the sampler's ids, from shapes and dtypes alone; None if nothing."""
+        given = {"sampled_ids": sampled_ids, "draft_ids": draft_ids}
+        if num_sampled is not None:
+            given["num_sampled"] = num_sampled
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
+                return f"{name}: expected a tensor, got {type(tensor).__name__}"
         integers = (torch.int32, torch.int64)
         device = self.tensors.error.device
         if sampled_ids.dim() != 2 or sampled_ids.shape[0] != self._requests:
@@ -381,9 +405,6 @@ class Window:
             return f"draft_ids: expected [at most {self.capacity}], got {list(draft_ids.shape)}"
         if num_sampled is not None and list(num_sampled.shape) != [self._requests]:
             return f"num_sampled: expected [{self._requests}], got {list(num_sampled.shape)}"
-        given = {"sampled_ids": sampled_ids, "draft_ids": draft_ids}
-        if num_sampled is not None:
-            given["num_sampled"] = num_sampled
         for name, tensor in given.items():
             if tensor.dtype not in integers or tensor.device != device:
                 return (
@@ -396,7 +417,7 @@ class Window:
         log.error("NWOR: %s. This window accepts nothing.", problem)
         self.fallbacks += 1
         device = self.tensors.error.device
-        rows = min(draft_ids.numel(), self.capacity)
+        rows = min(draft_ids.numel(), self.capacity) if isinstance(draft_ids, Tensor) else 0
         return finish(
             self.tensors,
             torch.zeros(rows, dtype=torch.bool, device=device),
@@ -417,3 +438,8 @@ class Window:
         clear(self.tensors.routing)
         window_closed()
         self._state = State.IDLE
+
+
+def _any_slot(slots: Iterable[Tensor]) -> Tensor:
+    """Bool scalar: some token has a slot. In a warm-up step none has."""
+    return torch.stack([(mapping >= 0).any() for mapping in slots]).any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nwor_compile.passes.table import op_name, resolve
 
@@ -19,35 +21,83 @@ FUNCTIONALIZED = (auto_functionalized, auto_functionalized_v2)
 
 @dataclass(frozen=True)
 class View:
-    """Part of a tensor's storage, in elements; sizes may be symbolic."""
+    """Part of a tensor's storage; offset, sizes and strides in elements, possibly symbolic.
 
-    storage: int
-    offset: Any
-    size: tuple[Any, ...]
-    stride: tuple[Any, ...]
+    size None: somewhere in that storage. storage None: it could be any memory.
+    """
+
+    storage: int | None
+    offset: Any = 0
+    size: tuple[Any, ...] | None = None
+    stride: tuple[Any, ...] = ()
+    dtype: torch.dtype | None = None
+
+    def anywhere(self) -> View:
+        """The whole storage."""
+        return View(self.storage)
+
+
+ANYWHERE = View(None)
+
+
+class _Missing:
+    """No value was recorded for a node."""
+
+
+MISSING = _Missing()
 
 
 def value_of(node: Node) -> object:
-    """What a node computes, as recorded while tracing: post-grad `val`, Dynamo `example_value`."""
-    return node.meta.get("val", node.meta.get("example_value"))
+    """What a node computes, as recorded while tracing: post-grad `val`, Dynamo `example_value`.
+
+    The attribute itself for a `get_attr` without a record; MISSING for any other node without one.
+    """
+    for key in ("val", "example_value"):
+        if key in node.meta:
+            return node.meta[key]
+    return attribute(node) if node.op == "get_attr" else MISSING
 
 
-def storage_of(node: Node) -> int | None:
-    """Identity of the storage of a node's tensor; None if it has none or nothing was recorded."""
-    value = value_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+def attribute(node: Node) -> object:
+    """What a `get_attr` or `call_module` node names; MISSING if its graph has no such attribute."""
+    value: object = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, MISSING)
+    return value
+
+
+def tensor_views(value: object) -> tuple[View, ...]:
+    """The memory of every tensor in a value: a tensor, or a nest of containers."""
+    found = []
+    for leaf in [value] if isinstance(value, Tensor) else pytree.tree_leaves(value):
+        if not isinstance(leaf, Tensor):
+            continue
+        if is_traceable_wrapper_subclass(leaf):
+            names, _ = leaf.__tensor_flatten__()
+            found += [view for name in names for view in tensor_views(getattr(leaf, name))]
+        else:
+            found.append(_tensor_view(leaf))
+    return tuple(found)
 
 
 def view_of(node: Node) -> View | None:
-    """The part of its storage that a node's tensor covers."""
+    """The part of its storage that a node's tensor covers; None if it is no plain tensor."""
     value = value_of(node)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
         return None
+    view = _tensor_view(value)
+    return view if view.size is not None else None
+
+
+def _tensor_view(tensor: Tensor) -> View:
+    if tensor.layout is not torch.strided:
+        return ANYWHERE
     return View(
-        value.untyped_storage()._cdata,
-        value.storage_offset(),
-        tuple(value.shape),
-        tuple(value.stride()),
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
     )
 
 
@@ -64,7 +114,7 @@ def callee(node: Node) -> object:
 
 
 def overload_of(target: object) -> OpOverload | None:
-    """The overload behind an overload or packet."""
+    """The overload behind an overload, or behind a packet that has just one."""
     if isinstance(target, OpOverload):
         return target
     return resolve(op_name(target)) if isinstance(target, OpOverloadPacket) else None
@@ -81,12 +131,17 @@ def arguments(node: Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def mutated_names(op: OpOverload) -> list[str]:
+    """Arguments that an op writes, in the order of its schema."""
+    return [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
+
+
 def mutated_views(node: Node) -> dict[str, View | None]:
-    """The part of storage that each mutated argument of a call covers, by name."""
+    """The part of storage that each mutated argument of a call covers, by name; None: unknown."""
     op = overload_of(callee(node))
     if op is None:
         return {}
-    names = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
+    names = mutated_names(op)
     if node.target is auto_functionalized_v2:
         return {name: _v2_view(node, name) for name in names}
     given = arguments(node)
@@ -97,26 +152,31 @@ def mutated_views(node: Node) -> dict[str, View | None]:
     return found
 
 
-def bases(node: Node) -> list[Node]:
+def bases(node: Node) -> list[Any]:
     """Tensors that a functionalized call returns a new version of, in the order of its outputs."""
     if node.target is auto_functionalized_v2:
         return list(node.kwargs["_all_bases"])  # type: ignore[arg-type]
+    op = overload_of(callee(node))
     given = arguments(node)
-    return [given[name] for name in mutated_views(node)]
+    return [given.get(name) for name in mutated_names(op)] if op is not None else []
 
 
-def base_output(node: Node) -> tuple[Node, int] | None:
-    """(functionalized call, index into `bases`) if a node is the getitem of a new version."""
+def new_version(node: Node) -> tuple[Node, list[Node]] | None:
+    """(functionalized call, its bases that a node may be the new version of), if it is one."""
     if node.op != "call_function" or node.target is not operator.getitem:
         return None
     source, index = node.args
     if not isinstance(source, Node) or not isinstance(index, int) or not is_functionalized(source):
         return None
     op = overload_of(callee(source))
-    returns = len(op._schema.returns) if op is not None else 0
-    # A call without results still has a None in front of its new versions.
-    first = max(1, returns)
-    return (source, index - first) if index >= first else None
+    candidates = bases(source)
+    if op is not None:
+        # A call without results still has a None in front of its new versions.
+        index -= max(1, len(op._schema.returns))
+        if index < 0:
+            return None
+        candidates = candidates[index : index + 1]
+    return source, [n for n in pytree.tree_leaves(candidates) if isinstance(n, Node)]
 
 
 def _v2_view(node: Node, name: str) -> View | None:
@@ -126,18 +186,18 @@ def _v2_view(node: Node, name: str) -> View | None:
     if not isinstance(index, int):
         return None
     base = view_of(bases(node)[index])
-    if base is None:
+    if base is None or base.size is None:
         return None
     if f"_{name}_size" in kwargs:
         size, stride, offset = (
             kwargs[f"_{name}_{part}"] for part in ("size", "stride", "storage_offset")
         )
-        return View(base.storage, _value(offset), _values(size), _values(stride))
+        return replace(base, offset=_value(offset), size=_values(size), stride=_values(stride))
     if f"_{name}_slice_dim" in kwargs:
         dim, start, end = (_value(kwargs[f"_{name}_slice_{p}"]) for p in ("dim", "start", "end"))
         length = torch.sym_min(end, base.size[dim]) - start
         size = (*base.size[:dim], length, *base.size[dim + 1 :])
-        return View(base.storage, base.offset + start * base.stride[dim], size, base.stride)
+        return replace(base, offset=base.offset + start * base.stride[dim], size=size)
     return base
 
 

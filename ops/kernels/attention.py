@@ -33,6 +33,7 @@ from nwor_compile.ops.kernels.launch import (
     INTERPRETED,
     bits,
     cache_strides,
+    element_offset,
     on_device,
     scale_stride,
 )
@@ -55,14 +56,15 @@ def _find_request(query_start_loc, s_start, requests, tile, PER: tl.constexpr, R
 @triton.jit
 def _rows(
     cache, staged, block, offset, row, in_cache, in_tail, d, real_d,
-    s_block, s_offset, s_outer, s_inner, s_row, s_d, X: tl.constexpr, TAIL: tl.constexpr,
+    s_block, s_offset, s_outer, s_inner, s_row, s_d,
+    D: tl.constexpr, X: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """A tile `[N, D]` of K or V: each row from its slot of the cache, or from staging."""
-    d64 = d.to(tl.int64)[None, :]
-    within = (d64 // X) * s_outer + (d64 % X) * s_inner
+    within = element_offset(d, s_outer, s_inner, D, X)[None, :]
     place = cache + ((block * s_block + offset * s_offset)[:, None] + within)
     if TAIL:
-        place = tl.where(in_tail[:, None], staged + ((row * s_row)[:, None] + d64 * s_d), place)
+        staged_place = (row * s_row)[:, None] + (d.to(tl.int64) * s_d)[None, :]
+        place = tl.where(in_tail[:, None], staged + staged_place, place)
     return tl.load(place, mask=(in_cache | in_tail)[:, None] & real_d[None, :], other=0)
 
 
@@ -177,11 +179,11 @@ def _attention_kernel(
         offset = (p % BLOCK_SIZE).to(tl.int64)
         k = _rows(
             key_base, staged_key_base, block, offset, row, in_cache, in_tail, d, real_d,
-            kc_block, kc_offset, kc_outer, kc_inner, sk_row, sk_d, X, TAIL,
+            kc_block, kc_offset, kc_outer, kc_inner, sk_row, sk_d, D, X, TAIL,
         )  # fmt: skip
         v = _rows(
             value_base, staged_value_base, block, offset, row, in_cache, in_tail, d, real_d,
-            vc_block, vc_offset, 0, vc_inner, sv_row, sv_d, D, TAIL,
+            vc_block, vc_offset, 0, vc_inner, sv_row, sv_d, D, D, TAIL,
         )  # fmt: skip
         k = _operand(k, FP8, operand)
         v = _operand(v, FP8, operand)
@@ -209,7 +211,7 @@ def _attention_kernel(
         acc = acc * tl.load(v_scale + kv_head * s_v_scale)
     line = token.to(tl.int64) * HEADS + head
     if SPLITS == 1:
-        acc = tl.where(total[:, None] > 0, acc / total[:, None], acc)
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         _store_out(out + line[:, None] * D + d[None, :], acc, keep, EXACT_BF16)
     else:
         partial = (split.to(tl.int64) * tokens) * HEADS + line
@@ -233,6 +235,7 @@ def _merge_kernel(
     real = s < SPLITS
     best = tl.load(part_max + partial, mask=real, other=float("-inf"))
     top = tl.max(best, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)
     # Shares that saw nothing wrote no `part`. NaN counts as seen, so that it comes out.
     sums = tl.load(part_sum + partial, mask=real, other=0.0)
     used = sums != 0.0
@@ -244,7 +247,7 @@ def _merge_kernel(
         other=0.0,
     )
     acc = tl.sum(rows * weight[:, None], axis=0)
-    acc = tl.where(total > 0, acc / total, acc)
+    acc = acc / tl.where(total == 0.0, 1.0, total)
     _store_out(out + line * D + d, acc, d < D, EXACT_BF16)
 
 
@@ -270,7 +273,7 @@ def plan(
     tokens: int, requests: int, group: int, kv_heads: int, size: int, itemsize: int, context: int,
     processors: int,
 ) -> Plan:  # fmt: skip
-    """Choose tiles for `requests` of `tokens` in all; `context` is what the block table can hold."""
+    """Tiles for `requests` with `tokens` in all; `context` is what the block table can hold."""
     per_request = triton.cdiv(tokens, max(requests, 1))
     pad = triton.next_power_of_2(size)
     most = 64 if pad > 128 or itemsize == 4 else 128
@@ -326,7 +329,7 @@ def verify_attention(
     exact_bf16 = INTERPRETED and query.dtype == torch.bfloat16
     p = plan(
         tokens, requests, group, kv_heads, size, 4 if upcast else 2,
-        block_table.shape[1] * block_size, _processors(query.device.index if query.is_cuda else None),
+        block_table.shape[1] * block_size, _processors(query.device.index),
     )  # fmt: skip
     part = part_max = part_sum = None
     if p.splits > 1:

@@ -11,6 +11,7 @@ from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
     bits,
     cache_strides,
+    element_offset,
     on_device,
     scale_stride,
 )
@@ -35,8 +36,9 @@ def _store_row(
                 # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
                 wide = tl.div_rn(wide, tl.load(scale + head * s_scale, mask=inside, other=1.0))
             row = encode_fp8(wide, FP8)
-        place = head * c_head + (d // X).to(tl.int64) * c_outer + (d % X).to(tl.int64) * c_inner
-        tl.store(target + place, row, mask=inside)
+        tl.store(
+            target + head * c_head + element_offset(d, c_outer, c_inner, D, X), row, mask=inside
+        )
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nwor_compile.ops.commit import cache_table as make_cache_table
 from nwor_compile.ops.counters import COUNTERS, FIXED
-from nwor_compile.ops.kernels.launch import bits, cache_strides, on_device
+from nwor_compile.ops.kernels.launch import bits, cache_strides, element_offset, on_device
 
 _WINDOWS = tl.constexpr(COUNTERS["windows"])
 _STAGED = tl.constexpr(COUNTERS["staged"])
@@ -44,9 +44,10 @@ def _count(
         request = first + tl.arange(0, R)
         real = request < requests
         drafts = tl.load(num_drafts + request * s_drafts, mask=real, other=0).to(tl.int64)
-        taken = tl.load(accepted + request * s_accepted, mask=real & (failed == 0), other=0)
+        taken = tl.load(accepted + request * s_accepted, mask=real, other=0)
         staged += tl.sum(drafts, axis=0)
-        committed += tl.sum(taken.to(tl.int64), axis=0)
+        taken = tl.where(failed == 0, taken.to(tl.int64), 0)
+        committed += tl.sum(taken, axis=0)
     one = tl.arange(0, 1)
     yes = one == 0
     _add(counters + _WINDOWS * s_counter + one, (staged > 0).to(tl.int64), yes)
@@ -54,7 +55,8 @@ def _count(
     _add(counters + _COMMITTED * s_counter + one, committed, yes)
     _add(counters + _REJECTED * s_counter + one, staged - committed, yes)
     _add(counters + _STAGE_OPERATIONS * s_counter + one, staged * num_layers, yes)
-    _add(counters + _ERRORS * s_counter + one, tl.zeros([1], tl.int64) + (failed != 0).to(tl.int64), yes)
+    errors = tl.zeros([1], tl.int64) + tl.where(failed == 0, 0, 1)
+    _add(counters + _ERRORS * s_counter + one, errors, yes)
     for low in range(0, positions, K):
         position = low + tl.arange(0, K)
         drafted = tl.zeros([K], tl.int64)
@@ -63,7 +65,8 @@ def _count(
             request = first + tl.arange(0, R)
             real = request < requests
             drafts = tl.load(num_drafts + request * s_drafts, mask=real, other=0)
-            taken = tl.load(accepted + request * s_accepted, mask=real & (failed == 0), other=0)
+            taken = tl.load(accepted + request * s_accepted, mask=real, other=0)
+            taken = tl.where(failed == 0, taken, 0)
             drafted += tl.sum((position[:, None] < drafts[None, :]).to(tl.int64), axis=1)
             kept += tl.sum((position[:, None] < taken[None, :]).to(tl.int64), axis=1)
         place = counters + (_FIXED + position) * s_counter
@@ -88,17 +91,17 @@ def _commit_kernel(
     tile = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     failed = tl.load(error)
-    if COUNT:
+    if COUNT:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
         if (tile == 0) & (layer == 0):
             _count(
                 counters, num_drafts, accepted, failed, requests, num_layers, positions,
                 s_counter, s_drafts, s_accepted, COUNT_R, COUNT_K,
             )  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    real = row < tl.where(failed == 0, rows, 0)  # an error: no row moves
     slot = tl.load(slots + row * s_slot, mask=real, other=-1).to(tl.int64)
     wanted = tl.load(mask + row * s_mask, mask=real, other=0) != 0
-    valid = wanted & (slot >= 0) & (slot < slots_in_cache) & (failed == 0)
+    valid = wanted & (slot >= 0) & (slot < slots_in_cache)
     if tl.max(valid.to(tl.int32), axis=0) > 0:
         # `element` only lends its type: the table holds plain addresses.
         key_cache = tl.load(table + layer).to(element.dtype)
@@ -119,7 +122,7 @@ def _commit_kernel(
             staged = source + head * s_head + d.to(tl.int64) * s_d
             key = tl.load(staged_key + staged, mask=inside)
             value = tl.load(staged_value + staged, mask=inside)
-            to_key = (d // X).to(tl.int64) * kc_outer + (d % X).to(tl.int64) * kc_inner
+            to_key = element_offset(d, kc_outer, kc_inner, D, X)
             tl.store(key_cache + (key_row + head * kc_head + to_key), key, mask=inside)
             to_value = head * vc_head + d.to(tl.int64) * vc_inner
             tl.store(value_cache + (value_row + to_value), value, mask=inside)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from nwor_compile.ops.layout import logical_key, logical_value
@@ -59,3 +60,12 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@triton.jit
+def element_offset(d, s_outer, s_inner, D: tl.constexpr, X: tl.constexpr):
+    """Offset of element d of a row; see `RowStrides`. int64: a row may be strided."""
+    # Without the branch the compiler does not see that a plain row is contiguous.
+    if X == D:
+        return d.to(tl.int64) * s_inner
+    return (d // X).to(tl.int64) * s_outer + (d % X).to(tl.int64) * s_inner

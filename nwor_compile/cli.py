@@ -1,0 +1,113 @@
+"""The command `nwor`. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="nwor",
+    help="No-Write-On-Reject KV caching for speculative decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+bench = typer.Typer(
+    help="Measure, with a baseline in the same run.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(bench, name="bench")
+
+# Commands whose own parser takes the arguments: theirs are not known until they are imported.
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from nwor_compile import __version__
+
+        typer.echo(f"nwor-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """No-Write-On-Reject KV caching for speculative decoding."""
+
+
+@app.command("demo", add_help_option=False, context_settings=_PASS_THROUGH)
+def demo_command(ctx: typer.Context) -> None:
+    """Speculative decoding of real text: direct writes against staged ones."""
+    try:
+        from nwor_compile.demo.run import demo
+    except ImportError as error:
+        typer.echo(
+            f"nwor demo cannot start: {error}. Reinstall the package with its dependencies "
+            "(`pip install nwor-compile`); `nwor doctor` says what is missing.",
+            err=True,
+        )
+        raise typer.Exit(1) from error
+    inner = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    inner.command()(demo)
+    inner(args=list(ctx.args), prog_name="nwor demo")
+
+
+@app.command("doctor")
+def doctor_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A factory that returns (model, example_inputs): what would be staged in it?",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not compile the sample model with Inductor.")
+    ] = False,
+) -> None:
+    """Versions, compiler, devices, ops, settings, and what would be staged or refused and why.
+
+    Exit code 1, with advice, when something that is needed is missing.
+    """
+    from rich.console import Console
+
+    from nwor_compile.doctor import diagnose, show
+
+    found = diagnose(model, compile_sample=not quick)
+    if json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        show(found, Console())
+    raise typer.Exit(0 if found.healthy else 1)
+
+
+@bench.command("core")
+def bench_core(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to a file.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of both benchmarks.")] = 32,
+    compiles: Annotated[int, typer.Option(min=1, help="Compilations of the model.")] = 3,
+    repeats: Annotated[int, typer.Option(min=3, help="Repeats of each window size.")] = 30,
+) -> None:
+    """On the CPU: the pass's share of compile time, and a window against direct writes."""
+    from rich.console import Console
+
+    from nwor_compile.bench.core import run, show
+
+    record = run(layers=layers, compiles=compiles, repeats=repeats)
+    show(record, Console())
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(record.model_dump_json(indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()
