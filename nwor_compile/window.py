@@ -106,6 +106,7 @@ class Window:
         self._fake = False
         self._requests = 0
         self._registered: list[Tensor] = []
+        self._layers: dict[str, LayerStaging] = {}
         self._register(direct_caches)
         self._announce()
 
@@ -118,6 +119,11 @@ class Window:
     def layer_names(self) -> tuple[str, ...]:
         """The registered layers, in the order of their staging state."""
         return tuple(name for batch in self.tensors.batches for name in batch.names)
+
+    @property
+    def layers(self) -> dict[str, LayerStaging]:
+        """Staging by layer name; empty once the window is closed."""
+        return dict(self._layers)
 
     @property
     def staging_bytes(self) -> int:
@@ -251,6 +257,7 @@ class Window:
         for cache in self._registered:
             unregister(cache)
         self._registered.clear()
+        self._layers.clear()
         self._state = State.CLOSED
 
     def _register(self, direct_caches: Iterable[Tensor]) -> None:
@@ -265,6 +272,7 @@ class Window:
                         routing=self.tensors.routing,
                     )
                     register_layer(batch.key_caches[index], batch.value_caches[index], staging)
+                    self._layers[name] = staging
                     self._registered.append(batch.key_caches[index])
             for cache in direct_caches:
                 register_direct(cache)

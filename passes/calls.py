@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nwor_compile.passes.table import op_name, resolve
+from nwor_compile.passes.table import CacheReader, CacheWrite, op_name, resolve
 
 FUNCTIONALIZED = (auto_functionalized, auto_functionalized_v2)
 
@@ -129,6 +129,38 @@ def arguments(node: Node) -> dict[str, Any]:
         return dict(node.kwargs)
     names = [argument.name for argument in op._schema.arguments]
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def staged_arguments(node: Node, row: CacheWrite | CacheReader) -> dict[str, Any]:
+    """Arguments of a call under the names of its staged twin, defaults included."""
+    op, staged = overload_of(callee(node)), resolve(row.staged)
+    if op is None or staged is None:
+        return {}
+    return twin_arguments(arguments(node), row, op, staged, explicit=True)
+
+
+def twin_arguments(
+    given: dict[str, Any],
+    row: CacheWrite | CacheReader,
+    op: OpOverload,
+    staged: OpOverload,
+    *,
+    explicit: bool = False,
+) -> dict[str, Any]:
+    """Arguments of `op` by the names of `staged`, in its order.
+
+    A default of `op` that `staged` does not share is written out; with `explicit`, all are.
+    """
+    defaults = {a.name: a.default_value for a in staged._schema.arguments if a.has_default_value()}
+    found = {row.rename.get(name, name): value for name, value in given.items()}
+    for argument in op._schema.arguments:
+        name = row.rename.get(argument.name, argument.name)
+        if name not in found and argument.has_default_value():
+            default = argument.default_value
+            if explicit or name not in defaults or defaults[name] != default:
+                found[name] = default
+    order = [argument.name for argument in staged._schema.arguments]
+    return {name: found[name] for name in order if name in found}
 
 
 def mutated_names(op: OpOverload) -> list[str]:

@@ -27,12 +27,18 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
-from nwor_compile.passes.calls import arguments, callee, is_functionalized
+from nwor_compile.passes.calls import callee, is_functionalized, overload_of, twin_arguments
 from nwor_compile.passes.report import Decision, Report, VisibilityError, keep
 from nwor_compile.passes.table import CacheReader, CacheWrite, op_name, resolve, rows
 from nwor_compile.passes.visibility import Write, judge, subgraph_writes
 
 log = logging.getLogger("nwor_compile")
+
+# How `auto_functionalized_v2` says which view of its base a mutated argument is.
+_VIEW_KEYS = (
+    *("base_index", "alias", "size", "stride", "storage_offset"),
+    *("slice_dim", "slice_start", "slice_end"),
+)
 
 
 def rewrite(graph: Graph, *, strict: bool = False, name: str = "graph") -> Report:
@@ -98,7 +104,7 @@ class NworPass(CustomGraphPass):
             (row, str(op._schema) if (op := resolve(row.staged)) is not None else None)
             for row in rows()
         ]
-        text = f"{_sources()}|{table}|strict={self.strict}"
+        text = f"{sources_hash()}|{table}|strict={self.strict}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     # A pass is pickled into cache keys and to compile workers: what it reported stays here.
@@ -107,7 +113,7 @@ class NworPass(CustomGraphPass):
 
 
 @functools.cache
-def _sources() -> str:
+def sources_hash() -> str:
     """A hash of all files of this package: a helper changes the result as much as the pass."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -133,32 +139,56 @@ def _transform(graph: Graph, write: Write) -> None:
 def _swap(graph: Graph, node: Node, row: CacheWrite | CacheReader) -> None:
     """Replace a plain call by its staged twin with the same arguments, in the twin's order."""
     staged = _staged(row)
-    given = {row.rename.get(name, name): value for name, value in arguments(node).items()}
+    args, kwargs = _twin_call(node, node.args, node.kwargs, row)
+    with graph.inserting_before(node):
+        twin = graph.call_function(staged, args, kwargs)
+    _replace(graph, node, twin)
+    if "eager_input_vals" in node.meta:
+        args, kwargs = node.meta["eager_input_vals"]
+        twin.meta["eager_input_vals"] = _twin_call(node, args, kwargs, row)
+
+
+def _twin_call(
+    node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], row: CacheWrite | CacheReader
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a plain call (or what was recorded of them) as its twin takes them."""
+    op, staged = overload_of(node.target), _staged(row)
+    if op is None:
+        raise RuntimeError(f"{node.name} lost its op between the decision and the rewrite")
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    named = twin_arguments(given, row, op, staged)
     positional = []
     for argument in staged._schema.arguments:
-        if argument.name not in given:
+        if argument.name not in named:
             break
-        positional.append(given.pop(argument.name))
-    with graph.inserting_before(node):
-        twin = graph.call_function(staged, tuple(positional), given)
-    _replace(graph, node, twin)
+        positional.append(named.pop(argument.name))
+    return tuple(positional), named
 
 
 def _swap_functionalized(graph: Graph, node: Node, row: CacheWrite) -> None:
     """Replace the op inside `auto_functionalized`; v2 also names its arguments in view keys."""
-    kwargs = {_renamed(key, row): value for key, value in node.kwargs.items()}
+    args, kwargs = _functionalized_call(node, node.args, node.kwargs, row)
     with graph.inserting_before(node):
-        twin = graph.call_function(node.target, (_staged(row), *node.args[1:]), kwargs)  # type: ignore[arg-type]
+        twin = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
     _replace(graph, node, twin)
+    if "eager_input_vals" in node.meta:
+        args, kwargs = node.meta["eager_input_vals"]
+        twin.meta["eager_input_vals"] = _functionalized_call(node, args, kwargs, row)
 
 
-def _renamed(key: str, row: CacheWrite) -> str:
-    for old, new in row.rename.items():
-        if key == old:
-            return new
-        if key.startswith(f"_{old}_"):
-            return f"_{new}_{key.removeprefix(f'_{old}_')}"
-    return key
+def _functionalized_call(
+    node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], row: CacheWrite
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    op, staged = overload_of(callee(node)), _staged(row)
+    if op is None:
+        raise RuntimeError(f"{node.name} lost its op between the decision and the rewrite")
+    renamed = {}
+    for old in (argument.name for argument in op._schema.arguments):
+        new = row.rename.get(old, old)
+        renamed[old] = new
+        renamed.update({f"_{old}_{part}": f"_{new}_{part}" for part in _VIEW_KEYS})
+    return (staged, *args[1:]), {renamed.get(key, key): value for key, value in kwargs.items()}
 
 
 def _staged(row: CacheWrite | CacheReader) -> OpOverload:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -48,12 +49,19 @@ _readers: dict[str, CacheReader] = {}
 
 
 def register_write(row: CacheWrite) -> None:
-    """Add a cache-writing op. Raises ValueError if the op has another row, or does not fit."""
+    """Add a cache-writing op. Raises ValueError if the op has another row, or does not fit.
+
+    Ops that do not exist yet are held against the row when a graph has one.
+    """
+    if not isinstance(row, CacheWrite):
+        raise TypeError(f"register_write: expected a CacheWrite, got {type(row).__name__}")
     _add(_writes, row)
 
 
 def register_reader(row: CacheReader) -> None:
     """Add a cache-reading op. Raises ValueError if the op has another row, or does not fit."""
+    if not isinstance(row, CacheReader):
+        raise TypeError(f"register_reader: expected a CacheReader, got {type(row).__name__}")
     _add(_readers, row)
 
 
@@ -78,9 +86,9 @@ def op_name(target: object) -> str:
     if isinstance(target, OpOverload):
         return target.name().removesuffix(".default")
     if isinstance(target, OpOverloadPacket):
-        # Dynamo keeps packets; calling one without overload picks by arguments, and the ops of
-        # this table have one that fits.
-        return target._qualified_op_name
+        # Dynamo keeps packets. With several overloads the arguments decide which one runs, so
+        # only a packet of one is known.
+        return target._qualified_op_name if target.overloads() == ["default"] else ""
     return ""
 
 
@@ -92,31 +100,70 @@ def resolve(name: str) -> OpOverload | None:
     return getattr(packet, overload or "default", None) if packet is not None else None
 
 
-def _add(table: dict[str, CacheWrite] | dict[str, CacheReader], row: object) -> None:
-    if not isinstance(row, CacheWrite | CacheReader):
-        raise TypeError(f"expected a CacheWrite or CacheReader, got {type(row).__name__}")
+def misfit(row: CacheWrite | CacheReader) -> str:
+    """How a row contradicts the schemas of its ops; empty if it fits them."""
+    op, staged = resolve(row.op), resolve(row.staged)
+    if staged is None:
+        return f"its staged twin {row.staged} is not registered"
+    if op is None:
+        return ""
+    writes = isinstance(row, CacheWrite)
+    for called, names in (
+        (op, [row.key_cache, row.value_cache]),
+        (staged, [row.rename.get(name, name) for name in (row.key_cache, row.value_cache)]),
+    ):
+        problem = _caches_misfit(called, names, writes)
+        if problem:
+            return problem
+    return _arguments_misfit(row, op, staged)
+
+
+def _caches_misfit(op: OpOverload, caches: list[str], writes: bool) -> str:
+    arguments = op._schema.arguments
+    mutated = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+    wanted = caches if writes else []
+    if mutated != wanted:
+        return f"{op.name()}: expected it to mutate {wanted}, its schema mutates {mutated}"
+    missing = [name for name in caches if name not in [a.name for a in arguments]]
+    if missing:
+        return f"{op.name()}: it has no argument {', '.join(missing)}: {op._schema}"
+    if len(op._schema.returns) != (0 if writes else 1):
+        return f"{op.name()}: expected {'no' if writes else 'one'} result: {op._schema}"
+    return ""
+
+
+def _arguments_misfit(row: CacheWrite | CacheReader, op: OpOverload, staged: OpOverload) -> str:
+    arguments = {argument.name: argument for argument in op._schema.arguments}
+    unknown = [name for name in row.rename if name not in arguments]
+    if unknown:
+        return f"{op.name()}: it has no argument {', '.join(unknown)} to rename: {op._schema}"
+    taken = {argument.name: argument for argument in staged._schema.arguments}
+    renamed = {row.rename.get(name, name): argument for name, argument in arguments.items()}
+    if len(renamed) != len(arguments):
+        return f"{op.name()}: two of its arguments become one of {staged.name()}: {row.rename}"
+    for name, argument in renamed.items():
+        if name not in taken:
+            return f"{staged.name()}: it has no argument {name}, which {op.name()} takes"
+        if not argument.type.isSubtypeOf(taken[name].type):
+            return (
+                f"{staged.name()}: its argument {name} is {taken[name].type}, in {op.name()} it "
+                f"is {argument.type}"
+            )
+    for name, argument in taken.items():
+        if name not in renamed and not argument.has_default_value():
+            return f"{staged.name()}: it needs an argument {name}, which {op.name()} does not take"
+    return ""
+
+
+def _add(table: dict[str, Any], row: CacheWrite | CacheReader) -> None:
     known = table.get(row.op)
     if known is not None and known != row:
         raise ValueError(f"{row.op}: already in the table as {known}")
-    _check(row)
-    table[row.op] = row  # type: ignore[assignment]
-
-
-def _check(row: CacheWrite | CacheReader) -> None:
-    """Hold a row against the schemas, as far as its ops exist."""
-    expected = [row.key_cache, row.value_cache] if isinstance(row, CacheWrite) else []
-    for name, renamed in ((row.op, False), (row.staged, True)):
-        op = resolve(name)
-        if op is None:
-            continue
-        wanted = [row.rename.get(arg, arg) for arg in expected] if renamed else expected
-        mutated = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
-        if mutated != wanted:
-            raise ValueError(
-                f"{name}: expected it to mutate {wanted}, its schema mutates {mutated}"
-            )
-        if isinstance(row, CacheWrite) and op._schema.returns:
-            raise ValueError(f"{name}: expected an op that returns nothing: {op._schema}")
+    # Later is early enough for the twin: it may be defined after the row is added.
+    problem = misfit(row) if resolve(row.staged) is not None else ""
+    if problem:
+        raise ValueError(problem)
+    table[row.op] = row
 
 
 register_write(CacheWrite("nwor::reshape_and_cache"))

@@ -8,32 +8,41 @@ So each write is judged by everything that touches its memory in the graph:
 - any other op after it, the graph's output included: the write stays direct;
 - readers before it, or of an older functional version: they do not see this step's rows in a
   direct run either, and are left as they are;
-- a second write to overlapping memory: both stay direct, since staging holds one row a draft;
+- a second write to overlapping memory, by whatever op: it stays direct, since staging holds one
+  row a draft;
+- key and value caches that may overlap: it stays direct, since the cache would hold one of the two
+  where staging holds both;
 - no reader after it: it stays direct, since the reader must then be in another graph, which cannot
   be seen from here;
 - a control-flow or other higher-order op that takes the cache: the write stays direct, since what
-  its subgraphs do is not followed.
+  its subgraphs do is not followed; so for a module call that is no layer of torch.nn;
+- memory of which nothing was recorded while tracing could be the cache, and is taken for it.
+
+What the proof cannot see: an op that reaches the cache other than through its arguments, and
+readers in other graphs. A cache that the graph returns is such a reader after AOTAutograd, which
+hands the caller its own tensor back without an output in the graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
+from torch.nn import Module
 
-from nwor_compile.passes.aliases import Aliases, is_view
+from nwor_compile.passes.aliases import Aliases
 from nwor_compile.passes.calls import (
+    ANYWHERE,
     View,
     arguments,
-    base_output,
-    bases,
+    attribute,
     callee,
     is_functionalized,
     mutated_views,
+    new_version,
     overload_of,
-    value_of,
+    staged_arguments,
     view_of,
 )
 from nwor_compile.passes.table import (
@@ -41,8 +50,8 @@ from nwor_compile.passes.table import (
     CacheWrite,
     find_reader,
     find_write,
+    misfit,
     op_name,
-    resolve,
 )
 
 
@@ -99,12 +108,15 @@ def _find(node: Node) -> Write | None:
 
 def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: Aliases) -> str:
     """Why a write must stay direct; empty if it may be staged, with its readers filled in."""
-    if resolve(write.row.staged) is None:
-        return f"its staged twin {write.row.staged} is not registered"
+    problem = misfit(write.row)
+    if problem:
+        return problem
     if write.key is None or write.value is None:
         return "its caches have no recorded shapes, so their aliases are unknown"
+    if aliases.overlap(write.key, write.value):
+        return "its key cache and its value cache may overlap"
     for other in writes:
-        if other is not write and _meets(write, _caches(other), aliases):
+        if other is not write and aliases.meet(_caches(write), _caches(other)):
             return f"two writes to one cache: {other.node.name} writes it too"
     for node in order:
         problem = _touch(write, node, order, aliases)
@@ -117,16 +129,20 @@ def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: 
 
 def _touch(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> str:
     """Judge one node against a write; a reader that can be redirected is added to it."""
-    if node is write.node or node.op in ("placeholder", "get_attr") or is_view(node):
+    if node is write.node or node.op in ("placeholder", "get_attr") or aliases.is_view(node):
         return ""
-    if base_output(node) is not None or _is_write_back(node, aliases):
+    if new_version(node) is not None or _is_write_back(node, aliases):
         return ""
-    views = _used(node)
-    if not _meets(write, views, aliases):
+    if node.op == "call_module" and order[node] > order[write.node] and _is_opaque(node):
+        return f"{node.name} calls module {node.target}, which may hold a cache of its own"
+    caches = _caches(write)
+    if not aliases.meet(caches, aliases.touched(node)):
         return ""
-    if isinstance(node.target, HigherOrderOperator) and not is_functionalized(node):
-        return f"{node.name} ({node.target.name()}) takes the cache into a subgraph"
-    if not _sees(write, node, order):
+    if isinstance(callee(node), HigherOrderOperator):
+        return f"{node.name} ({callee(node)}) takes the cache into a subgraph"
+    if not _sees(write, node, order, aliases):
+        if aliases.meet(caches, aliases.written(node)):
+            return f"two writes to one cache: {node.name} writes it too"
         return ""
     row = find_reader(node.target)
     if row is None:
@@ -140,91 +156,88 @@ def _touch(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -
 def _unknown(node: Node) -> str:
     if node.op == "output":
         return "the cache leaves the graph through its output"
-    name = op_name(callee(node)) or str(node.target)
+    name = op_name(callee(node)) or getattr(node.target, "__name__", str(node.target))
     return f"{node.name} ({name}) touches the cache after the write and does not read staging"
 
 
 def _mismatch(write: Write, node: Node, row: CacheReader, aliases: Aliases) -> str:
     """Why a known reader cannot be redirected with this write; empty if it can."""
-    if resolve(row.staged) is None:
-        return f"{node.name}: its staged twin {row.staged} is not registered"
+    problem = misfit(row)
+    if problem:
+        return f"{node.name}: {problem}"
     given = arguments(node)
-    for name, written in ((row.key_cache, write.key), (row.value_cache, write.value)):
+    caches = (row.key_cache, row.value_cache)
+    for name, written in zip(caches, (write.key, write.value), strict=True):
         argument = given.get(name)
         view = view_of(argument) if isinstance(argument, Node) else None
         if view is None or written is None or not aliases.same(view, written):
             return f"{node.name} reads {name} through another view than the write's"
-    others = [v for k, v in given.items() if k not in (row.key_cache, row.value_cache)]
-    views = [view_of(v) for v in others if isinstance(v, Node)]
-    if _meets(write, [v for v in views if v is not None], aliases):
+        if is_functionalized(write.node) and not _carries(argument, write, aliases):
+            return f"{node.name} reads {name} as it was before the write"
+    others = [v for name, v in given.items() if name not in caches]
+    views = [view for v in others if isinstance(v, Node) for view in aliases.memory(v)]
+    if aliases.meet(_caches(write), views):
         return f"{node.name} also takes the cache as another argument"
-    stored = arguments(write.node).get("kv_cache_dtype", "auto")
-    if given.get("kv_cache_dtype", "auto") != stored:
+    stored = staged_arguments(write.node, write.row).get("kv_cache_dtype")
+    if staged_arguments(node, row).get("kv_cache_dtype") != stored:
         return f"{node.name} reads another kv_cache_dtype than the write's {stored!r}"
     return ""
 
 
 def _caches(write: Write) -> list[View]:
-    return [view for view in (write.key, write.value) if view is not None]
+    return [view if view is not None else ANYWHERE for view in (write.key, write.value)]
 
 
-def _meets(write: Write, views: list[View], aliases: Aliases) -> bool:
-    return any(aliases.overlap(mine, view) for mine in _caches(write) for view in views)
-
-
-def _used(node: Node) -> list[View]:
-    """The memory that a node reads or writes: its tensor arguments.
-
-    A functionalized call passes whole bases through but touches only the views it describes.
-    """
-    skip: set[Node] = set(bases(node)) if is_functionalized(node) else set()
-    views = [view_of(source) for source in node.all_input_nodes if source not in skip]
-    if is_functionalized(node):
-        views += list(mutated_views(node).values())
-    for source in node.all_input_nodes:
-        value = value_of(source)
-        if isinstance(value, list | tuple) and not is_functionalized(source):
-            views += [_tensor_view(item) for item in value]
-    return [view for view in views if view is not None]
-
-
-def _tensor_view(value: Any) -> View | None:
-    if not hasattr(value, "untyped_storage"):
-        return None
-    return View(
-        value.untyped_storage()._cdata,
-        value.storage_offset(),
-        tuple(value.shape),
-        tuple(value.stride()),
-    )
-
-
-def _sees(write: Write, node: Node, order: dict[Node, int]) -> bool:
+def _sees(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> bool:
     """True if a node comes after the write: in order, and for a functional write by data flow."""
     if order[node] < order[write.node]:
         return False
     if not is_functionalized(write.node):
         return True
-    return any(_descends(source, write.node) for source in node.all_input_nodes)
+    if any(_carries(source, write, aliases) for source in node.all_input_nodes):
+        return True
+    # What was copied back into the graph's input is seen through that input, too.
+    return any(
+        _is_write_back(other, aliases) and _carries(other, write, aliases)
+        for other, index in order.items()
+        if order[write.node] < index < order[node] and other.op == "call_function"
+    )
 
 
-def _descends(node: Node, write: Node) -> bool:
-    """True if a tensor is (a view of) a version that the functional write made, or a later one."""
+def _carries(node: object, write: Write, aliases: Aliases) -> bool:
+    """True if a value is (a view of) a version that the functional write made, or a later one."""
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
-        if current in seen:
+        if current in seen or not isinstance(current, Node):
             continue
         seen.add(current)
-        output = base_output(current)
-        if output is not None:
-            call, index = output
-            if call is write:
+        version = new_version(current)
+        if version is not None:
+            call, candidates = version
+            if call is write.node:
                 return True
-            pending.append(bases(call)[index])
-        elif is_view(current):
+            pending.extend(candidates)
+        elif _is_write_back(current, aliases):
+            pending.append(current.args[1])
+        elif _reinterprets(current, write, aliases):
             pending.extend(current.all_input_nodes)
     return False
+
+
+def _reinterprets(node: Node, write: Write, aliases: Aliases) -> bool:
+    """True if a node's value lies in the family of the write's memory, so that it aliases it."""
+    family = {aliases.family(v.storage) for v in _caches(write) if v.storage is not None}
+    views = aliases.memory(node)
+    return any(v.storage is None or aliases.family(v.storage) in family for v in views)
+
+
+def _is_opaque(node: Node) -> bool:
+    """True for a module call that may read more than its arguments and torch.nn's own weights."""
+    module = attribute(node)
+    if not isinstance(module, Module):
+        return True
+    return any(not type(m).__module__.startswith("torch.nn.modules.") for m in module.modules())
 
 
 def _is_write_back(node: Node, aliases: Aliases) -> bool:

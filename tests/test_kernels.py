@@ -128,7 +128,7 @@ def qkv_views(tokens: int, heads: int, size: int, dtype: torch.dtype) -> tuple[T
     return key, value
 
 
-@pytest.mark.parametrize("dtype,name,scale", FORMATS)
+@pytest.mark.parametrize(("dtype", "name", "scale"), FORMATS)
 @pytest.mark.parametrize("form", LAYOUTS)
 def test_reshape_and_cache_equals_the_reference(
     form: str, dtype: torch.dtype, name: str, scale: str
@@ -146,7 +146,7 @@ def test_reshape_and_cache_equals_the_reference(
     assert_same_bits(*both(run))
 
 
-@pytest.mark.parametrize("dtype,name,scale", FORMATS)
+@pytest.mark.parametrize(("dtype", "name", "scale"), FORMATS)
 @pytest.mark.parametrize("form", LAYOUTS)
 def test_stage_kv_equals_the_reference(
     form: str, dtype: torch.dtype, name: str, scale: str
@@ -333,7 +333,7 @@ def test_commit_kv_moves_nothing_into_unaligned_neighbours() -> None:
 
 # ---- attention ------------------------------------------------------------------------------
 
-# lengths, spans and drafts of the requests of a batch; spans of 49 are one certain row and 48 drafts.
+# Lengths, spans and drafts of a batch's requests; a span of 49 is a certain row and 48 drafts.
 VERIFY = ((40, 7, 0, 33, 18), (4, 2, 0, 1, 5), (3, 1, 0, 0, 4))
 LONG_SPANS = ((60, 49), (49, 49), (48, 48))
 MIXED = ((30, 1, 17, 21), (30, 1, 5, 1), (0, 0, 4, 0))  # a prefill, a first token, a span, a decode
@@ -364,13 +364,18 @@ def check_attention(batch: Batch, *options: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention_in_every_layout(shape: str, form: str, dtype: torch.dtype) -> None:
-    batch = make_batch(*SHAPES[shape], layout=form, dtype=dtype, block_size=5, size=24)
+def test_attention_in_every_layout(form: str, dtype: torch.dtype) -> None:
+    batch = make_batch(*VERIFY, layout=form, dtype=dtype, block_size=5, size=24)
     check_attention(batch, 24**-0.5)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (6, 2), (4, 1), (8, 1), (24, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_of_every_kind_of_batch(shape: str, dtype: torch.dtype) -> None:
+    check_attention(make_batch(*SHAPES[shape], dtype=dtype, block_size=5, size=24), 24**-0.5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1), (8, 1), (20, 1)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_of_every_group_size(shape: str, heads: int, kv_heads: int) -> None:
     batch = make_batch(*SHAPES[shape], heads=heads, kv_heads=kv_heads, size=16)
@@ -404,16 +409,16 @@ def test_attention_over_fp8(form: str, scale: str, name: str) -> None:
     check_attention(batch, 0.25, 0, 0.0, name, *scales)
 
 
-@pytest.mark.parametrize("processors", [1, 1000])
+@pytest.mark.parametrize("processors", [1, 40])
 @pytest.mark.parametrize("window", [0, 30])
 def test_attention_is_the_same_however_it_is_split(
     processors: int, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_kernels, "_processors", lambda index: processors)
-    check_attention(make_batch((200, 3, 0, 130), (5, 2, 0, 1), (4, 1, 0, 0), size=16), 0.25, window)
+    check_attention(make_batch((130, 3, 0, 70), (5, 2, 0, 1), (4, 1, 0, 0), size=16), 0.25, window)
 
 
-@pytest.mark.parametrize("requests", [0, 1, 40])
+@pytest.mark.parametrize("requests", [0, 1, 17])
 def test_attention_of_any_number_of_requests(requests: int) -> None:
     spans = [r % 3 for r in range(requests)]
     lengths = [r % 9 + s for r, s in enumerate(spans)]

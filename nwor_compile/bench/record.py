@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import BaseModel
 
-from nwor_compile.doctor import cpu_name
+from nwor_compile.doctor.checks import cpu_name
 
 
 class Spread(BaseModel):

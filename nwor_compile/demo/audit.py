@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 from torch import Tensor
 
 from nwor_compile.demo.model import Llama
@@ -53,16 +53,19 @@ class AuditResult(BaseModel):
     worst_difference: float = 0.0
     tolerance: float = TOLERANCE
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def rows_written(self) -> int:
         """Every row that changed."""
         return self.prompt_rows + self.decode_rows
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def decode_rows(self) -> int:
         """Rows that changed, those of the prompts aside."""
         return self.generated_rows + self.rejected_rows + self.stray_rows + self.repeated_rows
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def clean(self) -> bool:
         """The cache holds the accepted sequences and nothing was written elsewhere or twice."""

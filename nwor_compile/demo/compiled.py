@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Runner:
         if not eager and nwor:
             # The backend rather than `compile_options()`: its pass runs, and reports, even where
             # Inductor then finds the rewritten graph in its cache on disk.
+            options: dict[str, str | int | bool | Callable[..., Any]]
             options = {"mode": "stage", "strict": True}
             self._call = torch.compile(model, backend="nwor", fullgraph=True, options=options)
         elif not eager:

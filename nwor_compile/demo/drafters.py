@@ -1,4 +1,4 @@
-"""Who proposes tokens: a small model with a paged cache of its own, or lookup in the text so far."""
+"""Who proposes tokens: a small model with its own paged cache, or lookup in the text so far."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ knows about staging. Under `torch.compile` with NWOR's options the pass rewrites
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +155,8 @@ class Llama(nn.Module):
         self.config = config
         self.ops = ops
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Sequence[Layer] = layers  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         half = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         angle = torch.outer(

@@ -1,4 +1,4 @@
-"""A paged KV cache: a pool of blocks, a block table for each request, and the slot of a position."""
+"""A paged KV cache: a pool of blocks, a block table a request, and the slot of a position."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PagedCache:
         return len(self._free)
 
     def grow(self, request: int, length: int) -> None:
-        """Give `request` blocks for `length` rows. Raises OutOfBlocksError; nothing changes then."""
+        """Give `request` blocks for `length` rows, or raise OutOfBlocksError with nothing changed."""
         table = self._tables.get(request, [])
         missing = -(-length // self.block_size) - len(table)
         if len(table) + missing > self.table_width:

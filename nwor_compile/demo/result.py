@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from nwor_compile.demo.audit import AuditResult
 from nwor_compile.metrics import Metrics
+
+
+class DemoOptions(BaseModel):
+    """What `nwor demo` can be told.
+
+    drafter: the small model, prompt lookup (ngram), or both. temperature: the second temperature,
+    beside greedy; 0 runs greedy alone. eager: no torch.compile, the staged ops called by hand.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drafter: Literal["model", "ngram", "both"] = "both"
+    draft_tokens: int = Field(default=4, ge=1, le=48)
+    temperature: float = Field(default=0.7, ge=0)
+    requests: int = Field(default=4, ge=1, le=64)
+    max_new_tokens: int = Field(default=40, ge=2, le=512)
+    seed: int = Field(default=0, ge=0)
+    show_stale: bool = False
+    scv: Literal["off", "graph", "adaptive"] = "graph"
+    poison: Literal["off", "nan", "large"] = "off"
+    eager: bool = False
 
 
 class RunResult(BaseModel):
@@ -44,36 +67,114 @@ class RunResult(BaseModel):
             accepted_per_position=[0] * max_drafts,
         )
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def drafted(self) -> int:
         """Drafts that were verified."""
         return sum(self.drafted_per_position)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance(self) -> float:
         """Share of the drafts that were accepted."""
         return sum(self.accepted_per_position) / self.drafted if self.drafted else 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance_per_position(self) -> list[float]:
         """The same, for each draft position."""
         pairs = zip(self.accepted_per_position, self.drafted_per_position, strict=True)
         return [accepted / drafted if drafted else 0.0 for accepted, drafted in pairs]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def rows_per_token(self) -> float:
         """Rows written to the cache for each token emitted by decode and verify steps."""
         return self.audit.decode_rows / self.decoded if self.decoded else 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def bytes_per_token(self) -> float:
         """Bytes moved in all, cache and staging, for each of those tokens."""
         cache = self.audit.decode_rows * self.row_bytes
         return (cache + self.staging_bytes) / self.decoded if self.decoded else 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def fallbacks(self) -> int:
         """Windows that accepted nothing for want of usable ids, or because of the error flag."""
         if self.metrics is None:
             return 0
         return self.metrics.nwor_fallback_count + self.metrics.nwor_error_windows
+
+
+class PassSummary(BaseModel):
+    """What the pass did to the target's graph. None of it ran if `eager`."""
+
+    writes_rewritten: int
+    readers_rewritten: int
+    refused: list[str]
+    seconds: float
+    report: str
+
+
+class CompileSummary(BaseModel):
+    """graphs: compiled in the whole run, warm-up included; 1 a model means no recompile."""
+
+    eager: bool
+    target_graphs: int
+    draft_graphs: int
+    target_seconds: float
+    draft_seconds: float
+    staged_executions: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def recompiles(self) -> int:
+        """Graphs past the first of each model."""
+        return max(0, self.target_graphs - 1) + max(0, self.draft_graphs - 1)
+
+
+class Scenario(BaseModel):
+    """One drafter at one temperature, in both modes."""
+
+    drafter: str
+    temperature: float
+    direct: RunResult
+    staged: RunResult
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def name(self) -> str:
+        """As shown in the table's heading."""
+        kind = "greedy" if self.temperature == 0 else f"T={self.temperature:g}"
+        return f"{self.drafter}, {kind}"
+
+
+class Check(BaseModel):
+    """One thing that must hold, whether it did, and the figures."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class DemoResult(BaseModel):
+    """Everything the demo measured."""
+
+    options: DemoOptions
+    scenarios: list[Scenario]
+    plain: RunResult
+    stale: RunResult | None = None
+    rewrite: PassSummary
+    compiled: CompileSummary
+    checks: list[Check] = Field(default_factory=list)
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    environment: dict[str, str] = Field(default_factory=dict)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ok(self) -> bool:
+        """Every check holds."""
+        return all(check.ok for check in self.checks)

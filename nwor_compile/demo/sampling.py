@@ -77,7 +77,7 @@ def verify(
         sampled_ids: `[R, K + 1]` int64: accepted drafts, the next token, then -1.
         num_sampled: `[R]` int32, accepted drafts + 1, or 0.
     """
-    requests, columns, vocab = logits.shape
+    requests, columns, _ = logits.shape
     column = torch.arange(columns, device=logits.device)
     drafted = column[:-1] < num_drafts.unsqueeze(1)
     ids = draft_ids.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Requests, and the flat ragged batch of one step: prefill chunks, decodes and verify spans mixed."""
+"""Requests, and the flat ragged batch of a step: prefill chunks, decodes and verify spans mixed."""
 
 from __future__ import annotations
 

@@ -1,41 +1,25 @@
-"""What `nwor doctor` runs: every op on a tiny problem, and the pass on a small sample model."""
+"""Every op on a tiny problem, by every implementation."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nwor_compile.doctor.diagnosis import OpStatus, one_line
+from nwor_compile.doctor.sample import BLOCK_SIZE, BLOCKS, HEAD_SIZE, HEADS, KV_HEADS, TOKENS
 from nwor_compile.ops import OP_NAMES, counter_size, implementation
 from nwor_compile.ops import kernels as kernel_package
 from nwor_compile.ops.library import Implementation
 from nwor_compile.passes.table import resolve
 
-BLOCKS, BLOCK_SIZE, KV_HEADS, HEADS, HEAD_SIZE = 4, 4, 1, 2, 16
-TOKENS, DRAFTS = 3, 2
-
-
-class OpStatus(BaseModel):
-    """One overload: `ok`, why it was not tried, or the error, for each way to run it."""
-
-    op: str
-    reference: str
-    fake: str
-    triton: str
-    schema_: str
-
-    @property
-    def failed(self) -> bool:
-        """True if some way to run it was tried and failed."""
-        return any(text.startswith("failed") for text in (self.reference, self.fake, self.triton))
+DRAFTS = TOKENS - 1
 
 
 def probe_ops() -> list[OpStatus]:
@@ -48,10 +32,10 @@ def probe_ops() -> list[OpStatus]:
         statuses.append(
             OpStatus(
                 op=name,
-                reference=_attempt(lambda op=op, n=name: _run(op, n, "reference", "cpu")),
-                fake=_attempt(lambda op=op, n=name: _run_fake(op, n)),
+                reference=_attempt(_run, op, name, "reference", "cpu"),
+                fake=_attempt(_run_fake, op, name),
                 triton=_probe_triton(op, name),
-                schema_=str(op._schema),
+                signature=str(op._schema),
             )
         )
     return statuses
@@ -89,16 +73,9 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
     return known[name]
 
 
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error, cut to what fits a table."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    text = f"{type(error).__name__}: {first}"
-    return text if len(text) <= 240 else text[:240] + " ..."
-
-
-def _attempt(call: Callable[[], object]) -> str:
+def _attempt(call: Callable[..., object], *arguments: object) -> str:
     try:
-        call()
+        call(*arguments)
     except KeyError:
         return "no probe for this op"
     except Exception as error:  # noqa: BLE001  a doctor reports whatever it meets
@@ -131,9 +108,9 @@ def _probe_triton(op: OpOverload, name: str) -> str:
     if module is None:
         return "no kernel"
     if torch.cuda.is_available():
-        return _attempt(lambda: _run(op, name, "triton", "cuda"))
+        return _attempt(_run, op, name, "triton", "cuda")
     if triton.knobs.runtime.interpret:
-        text = _attempt(lambda: _run(op, name, "triton", "cpu"))
+        text = _attempt(_run, op, name, "triton", "cpu")
         return "ok (interpreter)" if text == "ok" else text
     return f"kernel in {module}; needs a CUDA GPU"
 
@@ -148,54 +125,3 @@ def _launcher_module(name: str) -> str | None:
         if launcher is not None and launcher.__module__ == module.__name__:
             return info.name
     return None
-
-
-@dataclass(frozen=True)
-class SampleExpectation:
-    """What the pass must decide on `SampleModel`."""
-
-    staged: int = 2
-    direct: int = 1
-
-
-class SampleModel(nn.Module):
-    """Three cached layers. The last one's cache is also read by plain indexing, which would miss
-    staged rows: the pass must stage the first two and leave the last one direct.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        size = HEADS * HEAD_SIZE
-        self.query = nn.ModuleList(nn.Linear(size, size) for _ in range(3))
-        self.cached = nn.ModuleList(nn.Linear(size, 2 * KV_HEADS * HEAD_SIZE) for _ in range(3))
-        self.requires_grad_(False)
-
-    def forward(
-        self,
-        x: Tensor,
-        caches: list[Tensor],
-        slot_mapping: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        query_start_loc: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states, and a value that an ordinary op read from the last layer's cache."""
-        for index, (project_q, project_kv) in enumerate(zip(self.query, self.cached, strict=True)):
-            key_cache, value_cache = caches[2 * index], caches[2 * index + 1]
-            query = project_q(x).view(-1, HEADS, HEAD_SIZE)
-            key, value = project_kv(x).view(-1, 2, KV_HEADS, HEAD_SIZE).unbind(1)
-            torch.ops.nwor.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
-            out = torch.ops.nwor.paged_attention(
-                query, key_cache, value_cache, block_table, seq_lens, query_start_loc, 0.25
-            )
-            x = x + out.flatten(1)
-        return x, caches[-1][0].sum()
-
-
-def sample() -> tuple[SampleModel, tuple[Any, ...]]:
-    """The sample model and its inputs, as a `--model` factory returns them."""
-    torch.manual_seed(0)
-    caches = [torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_SIZE) for _ in range(6)]
-    batch = (torch.tensor([[0, 1, 2, 3]]), torch.tensor([TOKENS]), torch.tensor([0, TOKENS]))
-    x = torch.randn(TOKENS, HEADS * HEAD_SIZE)
-    return SampleModel(), (x, caches, torch.arange(TOKENS), *batch)

@@ -1,0 +1,44 @@
+"""`nwor doctor`: what is installed, what works, and what would be staged or refused and why."""
+
+from __future__ import annotations
+
+from nwor_compile.doctor import checks
+from nwor_compile.doctor.diagnosis import Diagnosis, show
+from nwor_compile.doctor.probes import probe_ops
+from nwor_compile.doctor.trial import decisions, try_model, try_sample
+
+__all__ = ["Diagnosis", "diagnose", "show"]
+
+
+def diagnose(model: str | None = None, *, compile_sample: bool = True) -> Diagnosis:
+    """Look at this installation.
+
+    Args:
+        model: `module:function` of a factory that returns `(model, example_inputs)`; the pass runs
+            on the graph that Dynamo makes of it, and the graph is run once on the inputs.
+        compile_sample: compile the built-in sample with Inductor, the test of the C++ compiler
+            that counts. Takes some seconds.
+    """
+    found = Diagnosis()
+    found.checks += [
+        checks.check_python(),
+        checks.check_torch(),
+        checks.check_triton(),
+        checks.check_vllm(),
+        *checks.check_devices(),
+        checks.check_compiler(),
+        checks.check_headers(),
+    ]
+    found.ops = probe_ops()
+    found.checks += [checks.check_ops(found.ops), checks.check_entry_point()]
+    check, found.settings = checks.check_settings()
+    found.checks.append(check)
+    has_compiler = all(c.status != "fail" for c in found.checks if c.name == "C++ compiler")
+    check, reports = try_sample(compiled=compile_sample and has_compiler)
+    found.checks.append(check)
+    if model is not None:
+        check, more = try_model(model)
+        found.checks.append(check)
+        reports = reports + more
+    found.decisions = [decision for report in reports for decision in decisions(report)]
+    return found

@@ -1,0 +1,1 @@
+"""NWOR in an unmodified vLLM. `plugin.register` is the entry point; see docs/vllm.md."""

@@ -1,0 +1,169 @@
+"""An attention backend for vLLM's CPU engine that can read staged rows: this package's reference.
+
+Plain, and slower than CPU_ATTN, whose kernel packs the cache in its own way and returns no
+log-sum-exp. K and V lie packed in the last dimension of vLLM's `[blocks, kv_heads, block, 2 * D]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from nwor_compile.ops import paged_attention, reshape_and_cache, stage_kv, verify_attention
+from nwor_compile.ops.staging import LayerStaging
+
+
+def use() -> None:
+    """Make vLLM's CPU_ATTN mean this backend, in this process."""
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, f"{__name__}.{NworCPUBackend.__qualname__}"
+    )
+
+
+def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value as `[blocks, block, kv_heads, D]` views of vLLM's packed cache."""
+    size = kv_cache.shape[-1] // 2
+    rows = kv_cache.permute(0, 2, 1, 3)
+    return rows[..., :size], rows[..., size:]
+
+
+@dataclass
+class NworCPUMetadata:
+    """What the reference attention needs of a batch."""
+
+    num_actual_tokens: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
+class NworCPUMetadataBuilder(AttentionMetadataBuilder[NworCPUMetadata]):
+    """Hands the common metadata on."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> NworCPUMetadata:
+        """Trim the block table to the longest request: the reference reads all of it."""
+        common = common_attn_metadata
+        block_size = self.kv_cache_spec.block_size
+        blocks = max(1, -(-common.max_seq_len // block_size))
+        return NworCPUMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor[:, :blocks],
+            slot_mapping=common.slot_mapping,
+        )
+
+
+class NworCPUImpl(CPUAttentionBackendImpl):
+    """Reference attention; with staging, each request's tail is read from it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.alibi_slopes is not None or self.sinks is not None:
+            raise NotImplementedError(
+                "NWOR's CPU attention has no ALiBi and no sinks: unset the nwor flag for this model"
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: NworCPUMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+        staging: LayerStaging | None = None,
+    ) -> Tensor:
+        """query `[tokens, heads, D]` to output `[tokens, heads, D]`; see `paged_attention`."""
+        if attn_metadata is None:  # warm-up
+            return output
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("NWOR's CPU attention does not quantise its output")
+        tokens = attn_metadata.num_actual_tokens
+        caches = split_cache(kv_cache)
+        batch = (
+            attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc,
+        )  # fmt: skip
+        window = 0 if self.sliding_window == -1 else self.sliding_window
+        options = (self.scale, window, float(self.logits_soft_cap), *self._stored(layer))
+        q = query[:tokens]
+        if staging is None:
+            out = paged_attention(q, *caches, *batch, *options)
+        else:
+            routing = staging.routing
+            out = verify_attention(
+                q, *caches, staging.key, staging.value, *batch, routing.num_drafts,
+                routing.tail_start, *options,
+            )  # fmt: skip
+        output[:tokens].copy_(out)
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """The direct write."""
+        reshape_and_cache(key, value, *split_cache(kv_cache), slot_mapping, *self._stored(layer))
+
+    def stage_kv(
+        self,
+        layer: Any,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        staging: LayerStaging,
+    ) -> None:
+        """The staged write."""
+        stage_kv(
+            key, value, *split_cache(kv_cache), staging.key, staging.value, staging.state,
+            slot_mapping, staging.routing.row_map, *self._stored(layer),
+        )  # fmt: skip
+
+    def _stored(self, layer: Any) -> tuple[str, Tensor | None, Tensor | None]:
+        if not self.is_fp8_kv_cache:
+            return "auto", None, None
+        return self.kv_cache_dtype, layer._k_scale, layer._v_scale
+
+
+class NworCPUBackend(CPUAttentionBackend):
+    """CPU_ATTN's contract with the implementation above."""
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Only decoders."""
+        return False
+
+    @staticmethod
+    def get_impl_cls() -> type[NworCPUImpl]:
+        """The implementation."""
+        return NworCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[NworCPUMetadataBuilder]:
+        """The metadata builder."""
+        return NworCPUMetadataBuilder
+
+
+def is_packed(kv_cache: Tensor) -> bool:
+    """True for the cache form that `split_cache` reads."""
+    return isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4

@@ -1,0 +1,47 @@
+"""The pass as vLLM and Inductor take it: with a uuid, picklable into worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from nwor_compile.passes.layer_ops import LayerOps, rewrite_layers
+from nwor_compile.passes.nwor_pass import sources_hash
+from nwor_compile.passes.report import Report
+
+log = logging.getLogger("nwor_compile")
+
+
+class VllmNworPass(CustomGraphPass):
+    """Redirects vLLM's cache-update and attention ops to their staged twins."""
+
+    def __init__(self, ops: LayerOps, *, strict: bool) -> None:
+        self.ops = ops
+        self.strict = strict
+        self.reports: list[Report] = []
+
+    def __call__(self, graph: Graph) -> None:
+        import nwor_compile.vllm_adapter.ops  # noqa: F401  registers the twins
+
+        report = rewrite_layers(
+            graph, self.ops, strict=self.strict, name=f"vLLM graph {len(self.reports)}"
+        )
+        self.reports.append(report)
+        log.info(
+            "NWOR pass: %d writes staged, %d direct, %.1f ms",
+            len(report.rewritten), len(report.refused), report.seconds * 1e3,
+        )  # fmt: skip
+        for decision in report.refused:
+            log.warning("NWOR: %s stays direct: %s", decision.node, decision.reason)
+
+    def uuid(self) -> str:
+        """Changes with the sources of the passes, the op names and `strict`."""
+        text = f"{sources_hash()}|{self.ops}|strict={self.strict}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ops": self.ops, "strict": self.strict, "reports": []}

@@ -1,0 +1,91 @@
+"""Twins of vLLM's two layer ops, with the same arguments: `nwor::vllm_stage`, `nwor::vllm_verify`.
+
+Layers that no window knows (a drafter's) go through vLLM's own code, so one rewritten graph may
+serve both models.
+"""
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
+from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
+
+from nwor_compile.ops.staging import LayerStaging
+
+_library = torch.library.Library("nwor", "FRAGMENT")
+_layers: dict[str, LayerStaging] = {}
+_executions = {"staged": 0, "direct": 0}
+
+
+def set_layers(layers: dict[str, LayerStaging]) -> None:
+    """The layers that stage from now on, by vLLM's layer name; replaces the former ones."""
+    _layers.clear()
+    _layers.update(layers)
+
+
+def executions() -> dict[str, int]:
+    """How often the twins ran in this process: for layers that stage, and for others."""
+    return dict(_executions)
+
+
+def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
+    name = _resolve_layer_name(layer_name)
+    _, layer, kv_cache, slots = get_attention_context(name)
+    if slots is not None:
+        staging = _layers.get(name)
+        if staging is None:
+            layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
+        else:
+            layer.impl.stage_kv(layer, key, value, kv_cache, slots, staging)
+        _executions["direct" if staging is None else "staged"] += 1
+    return key.new_empty(0)
+
+
+def _stage_fake(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
+    return torch.empty(0, device=key.device, dtype=key.dtype)
+
+
+@maybe_transfer_kv_layer
+def _verify(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    layer_name: LayerNameType,
+    output_scale: Tensor | None = None,
+    output_block_scale: Tensor | None = None,
+    kv_cache_dummy_dep: Tensor | None = None,
+) -> None:
+    del kv_cache_dummy_dep
+    name = _resolve_layer_name(layer_name)
+    metadata, layer, kv_cache, _ = get_attention_context(name)
+    shared = getattr(layer, "kv_sharing_target_layer_name", None)
+    staging = _layers.get(shared or name)
+    options = {} if staging is None else {"staging": staging}
+    layer.impl.forward(
+        layer, query, key, value, kv_cache, metadata, output=output, output_scale=output_scale,
+        output_block_scale=output_block_scale, **options,
+    )  # fmt: skip
+
+
+def _verify_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    layer_name: LayerNameType,
+    output_scale: Tensor | None = None,
+    output_block_scale: Tensor | None = None,
+    kv_cache_dummy_dep: Tensor | None = None,
+) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name="vllm_stage", op_func=_stage, mutates_args=[], fake_impl=_stage_fake,
+    target_lib=_library,
+)  # fmt: skip
+direct_register_custom_op(
+    op_name="vllm_verify", op_func=_verify, mutates_args=["output", "output_block_scale"],
+    fake_impl=_verify_fake, target_lib=_library,
+)  # fmt: skip

@@ -1,0 +1,52 @@
+"""The `vllm.general_plugins` entry point: one hook on the configuration, nothing else.
+
+vLLM calls `register` in every process. It wraps `EngineArgs.create_engine_config`; only when the
+flag is set does the wrapper change the configuration it returns: the graph pass, the attention
+backend on CPU, and the worker class. The configuration travels to the workers, so they need no
+hook of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+log = logging.getLogger("nwor_compile")
+
+_WRAPPED = "_nwor_wrapped"
+
+
+def register() -> None:
+    """Install the hook; a second call does nothing."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+    if getattr(create, _WRAPPED, False):
+        return
+
+    @functools.wraps(create)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        from nwor_compile.vllm_adapter.configure import configure
+
+        _announce_variables()
+        return configure(create(self, *args, **kwargs))
+
+    setattr(create_engine_config, _WRAPPED, True)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _announce_variables() -> None:
+    """Tell vLLM that these variables are known, or it warns of each."""
+    from vllm import envs
+
+    from nwor_compile.config import ENVIRONMENT
+
+    for variable in ENVIRONMENT.values():
+        envs.environment_variables.setdefault(variable, functools.partial(_read, variable))
+
+
+def _read(variable: str) -> str | None:
+    import os
+
+    return os.environ.get(variable)

@@ -1,0 +1,164 @@
+"""Hooks on one V1 model runner: where a window begins and where it is committed.
+
+Methods of the runner instance that are wrapped, with what each is needed for:
+
+- `drafter.load_model`: layers known before it are the target's, those after are the drafter's;
+- `initialize_kv_cache`: the caches exist, so the window can be made;
+- `_calc_spec_decode_metadata`: the step's draft counts and ids, on the device;
+- `_model_forward`: begin before it, abort if it raises;
+- `_sample`: commit after it, before the drafter runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+
+from nwor_compile.errors import ConfigError
+from nwor_compile.vllm_adapter import ops
+from nwor_compile.vllm_adapter.cpu_backend import is_packed, split_cache
+from nwor_compile.vllm_adapter.settings import requested
+from nwor_compile.window import State, Window
+
+log = logging.getLogger("nwor_compile")
+
+HOOKED = ("initialize_kv_cache", "_calc_spec_decode_metadata", "_model_forward", "_sample")
+
+
+class RunnerHooks:
+    """Wraps a runner's methods; owns its window."""
+
+    def __init__(self, runner: Any, config: Any) -> None:
+        missing = [name for name in HOOKED if not hasattr(runner, name)]
+        if missing:
+            raise ConfigError(
+                f"NWOR does not know this model runner ({type(runner).__name__}): it has no "
+                f"{', '.join(missing)}. Supported: vLLM's V1 runner, 0.26 to 0.33"
+            )
+        settings = requested(config.additional_config)
+        if settings is None:
+            raise ConfigError("the NWOR worker was named, but the nwor flag is not set")
+        self.runner, self.config, self.settings = runner, config, settings
+        self.window: Window | None = None
+        self._target: set[str] | None = None
+        self._metadata: Any = None
+        if hasattr(runner, "drafter") and hasattr(runner.drafter, "load_model"):
+            self._wrap(runner.drafter, "load_model", self._load_drafter)
+        for name, hook in (
+            ("initialize_kv_cache", self._initialize_kv_cache),
+            ("_calc_spec_decode_metadata", self._calc_metadata),
+            ("_model_forward", self._model_forward),
+            ("_sample", self._sample),
+        ):
+            self._wrap(runner, name, hook)
+
+    @staticmethod
+    def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(functools.partial(hook, original)))
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters of the window and of the twins; empty before the caches exist."""
+        if self.window is None:
+            return {}
+        return {**self.window.metrics().model_dump(), "executions": ops.executions()}
+
+    def _load_drafter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._target = set(self.config.compilation_config.static_forward_context)
+        return original(*args, **kwargs)
+
+    def _initialize_kv_cache(
+        self, original: Callable[..., Any], kv_cache_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(kv_cache_config, *args, **kwargs)
+        profiling = kwargs.get("is_profiling", args[0] if args else False)
+        if not profiling:
+            self._open(kv_cache_config)
+        return result
+
+    def _open(self, kv_cache_config: Any) -> None:
+        if self.window is not None:
+            self.window.close()
+        context = self.config.compilation_config.static_forward_context
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        groups: dict[str, str] = {}
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in group.layer_names:
+                layer = context[name]
+                drafters = self._target is not None and name not in self._target
+                shared = getattr(layer, "kv_sharing_target_layer_name", None)
+                if drafters or shared is not None:
+                    continue
+                if not hasattr(layer.impl, "stage_kv") or not is_packed(layer.kv_cache):
+                    raise ConfigError(
+                        f"layer {name}: {type(layer.impl).__name__} cannot read staged rows"
+                    )
+                layers[name] = split_cache(layer.kv_cache)
+                groups[name] = str(index)
+        scheduler = self.config.scheduler_config
+        self.window = Window(
+            layers,
+            max_requests=scheduler.max_num_seqs,
+            max_drafts=self.config.speculative_config.num_speculative_tokens,
+            max_tokens=scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
+            config=self.settings,
+            kv_cache_dtype=_stored_dtype(self.config.cache_config.cache_dtype),
+            groups=groups,
+        )
+        ops.set_layers(self.window.layers)
+
+    def _calc_metadata(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._metadata = original(*args, **kwargs)
+        return self._metadata
+
+    def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        metadata, self._metadata = self._metadata, None
+        if metadata is None or self.window is None:
+            return original(*args, **kwargs)
+        self._begin(self.window, metadata)
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            self.window.abort()
+            raise
+
+    def _begin(self, window: Window, metadata: Any) -> None:
+        if window.state is State.OPEN:
+            # The step before this one never sampled: its drafts are lost, its certain rows stand.
+            log.error("NWOR: a window was never committed; aborted")
+            window.abort()
+        ends = metadata.cu_num_draft_tokens
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        requests = counts.shape[0]
+        mapping = get_forward_context().slot_mapping
+        slots = {batch.group: mapping[batch.names[0]] for batch in window.tensors.batches}
+        window.begin(counts, self.runner.query_start_loc.gpu[: requests + 1], slots)
+
+    def _sample(
+        self, original: Callable[..., Any], logits: Any, spec_decode_metadata: Any
+    ) -> Any:
+        window = self.window
+        if window is None or window.state is not State.OPEN:
+            return original(logits, spec_decode_metadata)
+        try:
+            output = original(logits, spec_decode_metadata)
+        except BaseException:
+            window.abort()
+            raise
+        sampled = output.sampled_token_ids
+        done = window.commit(sampled, spec_decode_metadata.draft_token_ids)
+        # With the error flag up nothing was committed: emit the first sampled token alone.
+        column = torch.arange(sampled.shape[1], device=sampled.device)
+        drop = (done.error != 0) & (column > 0)
+        output.sampled_token_ids = torch.where(drop, -1, sampled)
+        return output
+
+
+def _stored_dtype(cache_dtype: str) -> str:
+    return cache_dtype if cache_dtype.startswith("fp8") else "auto"
