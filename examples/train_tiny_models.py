@@ -457,7 +457,7 @@ def main(
     only_measure: Annotated[bool, typer.Option("--measure", help="Only measure OUT.")] = False,
     keep_target: Annotated[bool, typer.Option(help="Train only a draft for OUT/target.")] = False,
     target_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 2600,
-    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 1500,
+    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 400,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,

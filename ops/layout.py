@@ -160,8 +160,8 @@ def scatter_rows(target: Tensor, index: tuple[Tensor, ...], rows: Tensor, valid:
     place = tuple(torch.where(any_valid, i, 0) for i in place)
     rows = rows.reshape(rows.shape[0], *target.shape[len(index) :])
     shape = (-1,) + (1,) * (rows.dim() - 1)
-    # fp8 has no where() on every device; its bits do.
-    bits = torch.uint8 if target.element_size() == 1 else target.dtype
+    # As bits: fp8 has no where() on every device, and CUDA's changes the NaN of 16-bit floats.
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(target.element_size(), target.dtype)
     target, rows = target.view(bits), rows.contiguous().view(bits)
     rows = torch.where(valid.view(shape), rows, rows[first])
     target[place] = torch.where(any_valid, rows, target[place])

@@ -151,6 +151,15 @@ class Aliases:
             )
         )
 
+    def two_halves(self, key: View, value: View) -> bool:
+        """True if the caches of one write are two: proven, or, where strides are symbolic and the
+        proof is out of reach, at least known to begin at different places."""
+        if not self.overlap(key, value):
+            return True
+        if all(isinstance(number, int) for number in (*key.stride, *value.stride)):
+            return False
+        return statically_known_true(key.offset != value.offset)
+
     def family(self, storage: int) -> int:
         """One number for all storages that are versions of one memory."""
         while storage in self._parent:

@@ -19,8 +19,8 @@ So each write is judged by everything that touches its memory in the graph:
 - memory of which nothing was recorded while tracing could be the cache, and is taken for it.
 
 What the proof cannot see: an op that reaches the cache other than through its arguments, and
-readers in other graphs. A cache that the graph returns is such a reader after AOTAutograd, which
-hands the caller its own tensor back without an output in the graph.
+readers in other graphs. Neither does a graph input that is returned as it is show: Dynamo hands the
+caller its own tensor back, without an output in the graph.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: 
         return problem
     if write.key is None or write.value is None:
         return "its caches have no recorded shapes, so their aliases are unknown"
-    if aliases.overlap(write.key, write.value):
+    if not aliases.two_halves(write.key, write.value):
         return "its key cache and its value cache may overlap"
     for other in writes:
         if other is not write and aliases.meet(_caches(write), _caches(other)):

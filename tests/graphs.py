@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from nwor_compile import NworConfig, Window
+from nwor_compile.passes.nwor_pass import rewrite_module
 
 HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 4, 2, 8, 4, 6
 SCALE = SIZE**-0.5
 write = torch.ops.nwor.reshape_and_cache.default
 attend = torch.ops.nwor.paged_attention.default
+stage_window = torch.ops.nwor.stage_kv.window
+verify_window = torch.ops.nwor.verify_attention.window
 
 FORMS = ("plain", "v1", "v2")
 
@@ -218,7 +222,8 @@ def _line(node: Node) -> str:
     arguments = [_text(arg) for arg in node.args]
     arguments += [f"{name}={_text(arg)}" for name, arg in node.kwargs.items() if arg is not None]
     target = _text(node.target) if node.op == "call_function" else str(node.target)
-    return f"{node.name} = {target}({', '.join(arguments)})"
+    line = f"{node.name} = {target}({', '.join(arguments)})"
+    return textwrap.fill(line, 92, subsequent_indent="    ", break_long_words=False)
 
 
 def _text(item: Any) -> str:
@@ -252,6 +257,27 @@ DIRECT = ["reshape_and_cache", "paged_attention"]
 # --- running a step through a window ---
 
 
+def rewritten(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
+    """`fn` through Dynamo and the pass (strict), and then run by Python, without Inductor."""
+
+    def backend(module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        rewrite_module(module, strict=True)
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled: Callable[..., Any] = torch.compile(fn, backend=backend, fullgraph=fullgraph)
+    return compiled
+
+
+def as_stored(key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
+    return key_cache, value_cache
+
+
+def from_5d(key_cache: Tensor, value_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """vLLM's 5-D layout as `[blocks, block_size, heads, size]`."""
+    return key_cache.permute(0, 3, 1, 2, 4).flatten(3), value_cache.permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a verify step returned, and its caches before, at the end of the forward, and after."""
@@ -269,8 +295,12 @@ def run_window(
     *args: Any,
     accept: int = 1,
     kv_cache_dtype: str = "auto",
+    logical: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_stored,
 ) -> Outcome:
-    """Run `fn(step, *args)` in a window over `layers`, and commit `accept` of the two drafts."""
+    """Run `fn(step, *args)` in a window over `layers`, and commit `accept` of the two drafts.
+
+    The caches of the outcome are what `logical` makes of each pair.
+    """
     config = NworConfig(mode="stage", scv="off")
     window = Window(
         layers,
@@ -282,7 +312,7 @@ def run_window(
     )
 
     def copies() -> list[Tensor]:
-        return [cache.clone() for pair in layers.values() for cache in pair]
+        return [cache.clone() for pair in layers.values() for cache in logical(*pair)]
 
     try:
         before = copies()
@@ -290,19 +320,15 @@ def run_window(
         with torch.no_grad():
             out = fn(step, *args)
         forward = copies()
-        sampled = torch.tensor([[7, 8, 9], [5, -1, -1]])
-        drafts = torch.tensor([7 if accept > 0 else 0, 8 if accept > 1 else 0])
+        # The sampler emits the accepted drafts (7, 8), and one id of its own.
+        sampled = torch.tensor([[7, 8, 9][:accept] + [5] + [-1] * (2 - accept), [5, -1, -1]])
+        drafts = torch.tensor([7, 8])
         committed = window.commit(sampled, drafts)
         assert committed.accepted.tolist() == [accept, 0]
         assert committed.error.item() == 0
         return Outcome(out, before, forward, copies())
     finally:
         window.close()
-
-
-def rows_at(cache: Tensor, slots: Tensor) -> Tensor:
-    """Rows of a cache in the logical form `[blocks, block_size, heads, size]`."""
-    return cache[slots // BLOCK, slots % BLOCK]
 
 
 def assert_staged(outcome: Outcome, direct: list[Tensor], step: Step, accept: int = 1) -> None:

@@ -15,6 +15,8 @@ import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
+import nwor_compile
+
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "nwor_compile/demo/weights"
 
@@ -103,6 +105,7 @@ def test_metadata_names_licence_command_and_backend(wheel: Path) -> None:
         }
     assert "Apache License" in texts["licenses/LICENSE"]
     assert "License-Expression: Apache-2.0" in texts["METADATA"]
+    assert f"\nVersion: {nwor_compile.__version__}\n" in texts["METADATA"]
     points = configparser.ConfigParser(delimiters=("=",))
     points.read_string(texts["entry_points.txt"])
     assert points["console_scripts"]["nwor"] == "nwor_compile.cli:app"
@@ -209,14 +212,14 @@ def test_only_the_adapter_imports_vllm(path: Path) -> None:
     assert not any(module.split(".")[0] == "vllm" for module in imports_of(path))
 
 
-def test_importing_the_package_loads_neither_triton_kernels_nor_demo() -> None:
+def test_importing_the_package_loads_neither_triton_kernels_nor_demo(tmp_path: Path) -> None:
     code = (
         "import sys, nwor_compile\n"
         "loaded = [m for m in sys.modules if m.startswith(('nwor_compile.ops.kernels', "
         "'nwor_compile.demo', 'nwor_compile.cli', 'nwor_compile.vllm_adapter'))]\n"
         "assert not loaded, loaded\n"
     )
-    done = python("-c", code, cwd=ROOT)
+    done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -189,12 +188,14 @@ def test_an_exception_in_the_forward_pass_aborts_and_passes_through(where: str) 
     with rig(layers=3) as r:
         before, batch = r.rows(), r.batch
         skip = {"before": [0, 1, 2], "between layers": [2], "after": []}[where]
-        with (
-            pytest.raises(ZeroDivisionError),
-            r.window.step(batch.num_drafts, batch.query_start_loc, batch.slot_mapping),
-        ):
-            r.forward(skip=skip)
-            raise ZeroDivisionError
+
+        def forward() -> None:
+            with r.window.step(batch.num_drafts, batch.query_start_loc, batch.slot_mapping):
+                r.forward(skip=skip)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            forward()
         assert r.window.state is State.IDLE
         assert r.holds(r.expected(before, NONE, skip=skip))
         r.assert_next_window_is_clean()
@@ -322,8 +323,8 @@ def test_layers_that_cannot_be_staged_are_refused_before_anything_is_registered(
     make: Callable[[Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]], message: str
 ) -> None:
     a, b, good, other = caches_of(4)
+    layers = make(a, b)
     with pytest.raises(WindowInputError, match=message):
-        layers = make(a, b)
         make_window({"good": (good, other), **layers} if layers else layers)
     assert registered() == 0
 
@@ -428,7 +429,7 @@ def test_an_unregistered_cache_inside_a_window_is_an_error_and_outside_is_direct
         r.begin()
         before = stranger.rows()
         for op in ("write", "attend"):
-            with pytest.raises(UnregisteredCacheError, match="written unverified.*direct_caches"):
+            with pytest.raises(UnregisteredCacheError, match=r"written unverified.*direct_caches"):
                 stranger.forward() if op == "write" else verify_attention_window(
                     **window_support.paged_arguments(stranger.layers[0], stranger.batch)
                 )

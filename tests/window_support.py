@@ -149,8 +149,28 @@ class Rig:
             rows = dict(rows)
             if index not in skip:
                 oracle.write(rows, layer.key, layer.value, slots, *layer.format)
+            self._poison(rows, layer, accepted)
             after.append(rows)
         return after
+
+    def rejected_slots(self, accepted: Sequence[int]) -> list[int]:
+        """Slots of the drafts that were not accepted."""
+        slots = draft_slots(self.batch)
+        rejected, start = [], 0
+        for span, taken in zip(self.batch.spans, accepted, strict=True):
+            rejected += slots[start + taken : start + span.drafts]
+            start += span.drafts
+        return rejected
+
+    def _poison(self, rows: oracle.Rows, layer: Layer, accepted: Sequence[int]) -> None:
+        """Poison mode leaves its marker in rejected slots."""
+        settings = self.window.config
+        if settings.poison == "off" or settings.mode == "off":
+            return
+        value = float("nan") if settings.poison == "nan" else 3.0e4
+        rejected = self.rejected_slots(accepted)
+        marker = torch.full((len(rejected), *layer.key.shape[1:]), value, dtype=layer.key.dtype)
+        oracle.write(rows, marker, marker, rejected, layer.format[0])
 
     def holds(self, rows: Sequence[oracle.Rows]) -> bool:
         """Every slot of every layer has exactly these bits."""

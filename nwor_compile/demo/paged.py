@@ -67,7 +67,7 @@ class PagedCache:
         return len(self._free)
 
     def grow(self, request: int, length: int) -> None:
-        """Give `request` blocks for `length` rows, or raise OutOfBlocksError with nothing changed."""
+        """Give `request` blocks for `length` rows; else OutOfBlocksError, nothing changed."""
         table = self._tables.get(request, [])
         missing = -(-length // self.block_size) - len(table)
         if len(table) + missing > self.table_width:

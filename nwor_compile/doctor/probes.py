@@ -44,7 +44,7 @@ def probe_ops() -> list[OpStatus]:
 def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
     """Small valid arguments of an op: one request of three tokens, the last two of them drafts.
 
-    Raises KeyError for an op that is not known here.
+    Raises NotImplementedError for an op that is not known here.
     """
     cache = [torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_SIZE, device=device) for _ in "kv"]
     staged = [torch.zeros(DRAFTS, KV_HEADS, HEAD_SIZE, device=device) for _ in "kv"]
@@ -70,13 +70,15 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
         "verify_attention": (query, *cache, *staged, *batch, ints(DRAFTS), ints(0), 0.25),
         "verify_attention.window": (query, *cache, *batch, 0.25),
     }  # fmt: skip
+    if name not in known:
+        raise NotImplementedError(f"no probe for nwor::{name}")
     return known[name]
 
 
 def _attempt(call: Callable[..., object], *arguments: object) -> str:
     try:
         call(*arguments)
-    except KeyError:
+    except NotImplementedError:
         return "no probe for this op"
     except Exception as error:  # noqa: BLE001  a doctor reports whatever it meets
         return f"failed: {one_line(error)}"
