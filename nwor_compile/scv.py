@@ -112,14 +112,14 @@ def host_loop(
     given = num_sampled.tolist() if num_sampled is not None else None
     mask, accepted, start = [False] * len(drafts), [], 0
     mismatch = sum(counts) > len(drafts)
-    drafts += [-1] * (sum(counts) - len(drafts))
     for r, (row, count) in enumerate(zip(rows, counts, strict=True)):
         if given is None:
             total = next((i for i, token in enumerate(row) if token < 0), len(row))
         else:
             total = min(max(given[r], 0), len(row))
         prefix = 0
-        while prefix < min(count, total) and row[prefix] == drafts[start + prefix]:
+        known = min(count, total, len(drafts) - start)
+        while prefix < known and row[prefix] == drafts[start + prefix]:
             prefix += 1
         taken = max(0, min(prefix, total - 1))
         mismatch |= prefix < total - 1
@@ -175,6 +175,8 @@ class GraphValidator:
         if sampled_ids.device.type != "cuda":
             self._run_vectorised("CUDA is missing")
             return None
+        if torch.cuda.is_current_stream_capturing():
+            return None  # the launches become part of the caller's graph; graphs do not nest
         fitting = (
             size
             for size, graph in self.graphs.items()
@@ -235,7 +237,7 @@ class GraphValidator:
             self.graphs[size] = captured
         except (RuntimeError, NotImplementedError) as error:
             # torch raises plain RuntimeError for every capture failure; NWOR goes on without.
-            self._run_vectorised(f"capture for {size} requests failed: {error}")
+            self._run_vectorised(f"capture failed: {error}")
         finally:
             torch.cuda.synchronize()
             for tensor, value in zip(

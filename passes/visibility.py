@@ -6,8 +6,9 @@ So each write is judged by everything that touches its memory in the graph:
 
 - readers after it that the table can redirect, and that read just this write's two caches: fine;
 - any other op after it, the graph's output included: the write stays direct;
-- readers before it, or of an older functional version: they do not see this step's rows in a
-  direct run either, and are left as they are;
+- a reader before it, or of an older functional version: it would be right as it is, but a compiler
+  may run it after the write on a copy of the cache, or the write on one, and no window knows the
+  copy: the write stays direct (without staging, the copy is only slow);
 - a second write to overlapping memory, by whatever op: it stays direct, since staging holds one
   row a draft;
 - key and value caches that may overlap: it stays direct, since the cache would hold one of the two
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
+from torch.utils import _pytree as pytree
 
 from nwor_compile.passes.aliases import Aliases
 from nwor_compile.passes.calls import (
@@ -37,6 +39,7 @@ from nwor_compile.passes.calls import (
     View,
     arguments,
     attribute,
+    bases,
     callee,
     is_functionalized,
     mutated_views,
@@ -119,7 +122,7 @@ def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: 
         if other is not write and aliases.meet(_caches(write), _caches(other)):
             return f"two writes to one cache: {other.node.name} writes it too"
     for node in order:
-        problem = _touch(write, node, order, aliases)
+        problem = _touch(write, node, order, aliases) or _outdated(write, node, order, aliases)
         if problem:
             return problem
     if not write.readers:
@@ -143,7 +146,7 @@ def _touch(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -
     if not _sees(write, node, order, aliases):
         if aliases.meet(caches, aliases.written(node)):
             return f"two writes to one cache: {node.name} writes it too"
-        return ""
+        return _copied(node)
     row = find_reader(node.target)
     if row is None:
         return _unknown(node)
@@ -151,6 +154,28 @@ def _touch(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -
     if not problem:
         write.readers.append((node, row))
     return problem
+
+
+def _outdated(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> str:
+    """Judge a node after a functional write by all memory of its bases, not by the caches alone."""
+    if not is_functionalized(write.node) or order[node] <= order[write.node]:
+        return ""
+    if aliases.is_view(node) or _is_write_back(node, aliases):
+        return ""
+    given = [n for n in pytree.tree_leaves(bases(write.node)) if isinstance(n, Node)]
+    whole = [view.anywhere() for base in given for view in aliases.memory(base)]
+    for source in node.all_input_nodes:
+        if aliases.meet(whole, list(aliases.memory(source))):
+            if not _carries(source, write, aliases):
+                return _copied(node)
+    return ""
+
+
+def _copied(node: Node) -> str:
+    return (
+        f"{node.name} reads the cache as it was before the write, so the compiler may copy it, "
+        "and a copy has no staging"
+    )
 
 
 def _unknown(node: Node) -> str:

@@ -105,7 +105,7 @@ def test_a_bad_argument_is_named_with_the_values_it_may_have(
 
 def test_settings_cannot_change_under_a_window() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        NworConfig().mode = "off"  # type: ignore[misc]
+        NworConfig().mode = "off"
 
 
 def test_run_time_settings_stay_out_of_the_compile_key() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import expecttest
@@ -19,7 +20,7 @@ from window_support import ALL, NONE, SOME, rig
 from nwor_compile import Committed
 from nwor_compile.ops.scv import accept_mask_reference
 from nwor_compile.routing import ID_MISMATCH
-from nwor_compile.scv import validate
+from nwor_compile.scv import WindowTensors, _Captured, _replay, host_loop, validate
 
 MODES = ("off", "graph", "adaptive")
 
@@ -300,7 +301,9 @@ class MaskGraph(expecttest.TestCase):
     def test_the_mask_is_this_graph(self) -> None:
         graph = make_fx(accept_mask_reference)(*_example())
         assert not _waits(graph)
-        self.assertExpectedInline(_print(graph), """\
+        self.assertExpectedInline(
+            _print(graph),
+            """\
 _to_copy = _to_copy.default(cu_num_drafts_1,)
 slice_1 = slice.Tensor(_to_copy, 0, 0, -1)
 constant_pad_nd = constant_pad_nd.default(slice_1, [1, 0], 0.0)
@@ -341,7 +344,8 @@ any_1 = any.default(lt_4,)
 _to_copy_2 = _to_copy.default(any_1,)
 view = view.default(_to_copy_2, [1])
 _to_copy_3 = _to_copy.default(clamp_4,)
-return (bitwise_and_2, _to_copy_3, view)""")
+return (bitwise_and_2, _to_copy_3, view)""",
+        )
 
 
 def test_the_search_for_data_dependence_finds_some() -> None:
@@ -382,3 +386,67 @@ def test_the_whole_validation_is_one_graph_without_data_dependence() -> None:
     assert targets.count("nwor.accept_mask.default") == 1
     assert targets.count("nwor.commit_kv.default") == 1
     assert not _waits(graph)
+
+
+# The replay of a captured graph, with a graph that needs no CUDA ---------------------------------
+
+
+class HostGraph:
+    """What a CUDA graph of `validate` does at replay: the same calls on the same buffers."""
+
+    captured: _Captured
+
+    def __init__(self, tensors: WindowTensors) -> None:
+        self.tensors = tensors
+
+    def replay(self) -> None:
+        c = self.captured
+        result = validate(self.tensors, c.sampled_ids, c.draft_ids, c.num_sampled, c.ids_given)
+        c.result.accepted.copy_(result.accepted)
+        c.result.mask.copy_(result.mask)
+
+
+def host_graph(tensors: WindowTensors, size: int, max_drafts: int) -> _Captured:
+    graph = HostGraph(tensors)
+    rows = size * max_drafts
+    graph.captured = _Captured(
+        graph=graph,  # type: ignore[arg-type]
+        sampled_ids=torch.full((size, max_drafts + 1), 77),
+        draft_ids=torch.full((rows,), 77),
+        num_sampled=torch.full((size,), 77, dtype=torch.int32),
+        ids_given=torch.full((1,), 77, dtype=torch.int32),
+        result=Committed(
+            torch.zeros(size, dtype=torch.int32), torch.zeros(rows, dtype=torch.bool), tensors.error
+        ),
+    )
+    return graph.captured
+
+
+@given(st.data())
+def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
+    data: st.DataObject,
+) -> None:
+    """A bucket of eight requests serves fewer, and no earlier window shows in a later one."""
+    few = st.integers(-1, 2)
+    with rig([Span(4, 1, 3)], max_requests=8, max_drafts=4) as r:
+        captured = host_graph(r.window.tensors, 8, 4)
+        for _ in range(3):
+            counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=8))
+            columns = data.draw(st.integers(0, 5))
+            sampled = [[data.draw(few) for _ in range(columns)] for _ in counts]
+            ids = torch.tensor(
+                [data.draw(few) for _ in range(max(0, sum(counts) - data.draw(st.integers(0, 1))))],
+                dtype=torch.int64,
+            )
+            said = None
+            if data.draw(st.booleans()):
+                said = torch.tensor([data.draw(st.integers(-1, 6)) for _ in counts])
+            matrix = torch.tensor(sampled, dtype=torch.int64).view(len(counts), columns)
+            outcomes = []
+            for run in (partial(host_loop, r.window.tensors), partial(_replay, captured)):
+                for tensor in (r.window.tensors.error, r.window.tensors.drafts):
+                    tensor.zero_()
+                r.window.tensors.drafts[: len(counts)] = torch.tensor(counts, dtype=torch.int32)
+                got = run(matrix, ids, said)
+                outcomes.append([t.tolist() for t in (got.accepted, got.mask, got.error)])
+            assert outcomes[0] == outcomes[1]

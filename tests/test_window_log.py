@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from cases import Span
-from window_support import ALL, MIXED, SOME, Rig, rig
+from window_support import ALL, SOME, Rig, rig
 
 from nwor_compile.debug import commit_line
 from nwor_compile.routing import describe_error
@@ -22,7 +24,7 @@ DONE = (
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     caplog.set_level(logging.INFO, "nwor_compile")
     messages: list[str] = []
 
@@ -35,11 +37,11 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     handler = Collect()
     logger = logging.getLogger("nwor_compile")
     logger.addHandler(handler)
-    yield messages  # type: ignore[misc]
+    yield messages
     logger.removeHandler(handler)
 
 
-def eight(**settings: object) -> Rig:
+def eight(**settings: Any) -> Rig:
     return Rig(EIGHT, max_requests=8, max_drafts=4, **settings)
 
 
@@ -177,4 +179,3 @@ def test_every_bit_of_the_error_flag_has_words() -> None:
     words = [describe_error(1 << bit) for bit in range(5)]
     assert all(words)
     assert describe_error(31) == ", ".join(words)
-    assert len(MIXED) == 6

@@ -36,7 +36,6 @@ def _conclusive(result: DemoResult) -> Check:
 def _scenario(scenario: Scenario, result: DemoResult) -> list[Check]:
     direct, staged, name = scenario.direct, scenario.staged, scenario.name
     metrics = staged.metrics
-    row = staged.row_bytes
     checks = [
         Check(
             name=f"{name}: token ids equal",
@@ -63,11 +62,13 @@ def _scenario(scenario: Scenario, result: DemoResult) -> list[Check]:
         Check(
             name=f"{name}: counters agree with the cache",
             ok=metrics is not None
-            and metrics.nwor_cache_bytes == staged.audit.rows_written * row
+            and direct.counted_rows == direct.audit.rows_written
+            and staged.counted_rows == staged.audit.rows_written
+            and metrics.nwor_cache_bytes == staged.cache_bytes
             and metrics.nwor_total_rejected == staged.audit.rejected_offered
             and metrics.nwor_staging_bytes_moved == staged.staging_bytes,
-            detail=f"{metrics.nwor_cache_bytes if metrics else 0} counted, "
-            f"{staged.audit.rows_written * row} found",
+            detail=f"direct {direct.counted_rows} counted, {direct.audit.rows_written} found; "
+            f"staged {staged.counted_rows} counted, {staged.audit.rows_written} found",
         ),
         Check(
             name=f"{name}: no fallback",

@@ -23,7 +23,7 @@ class DemoOptions(BaseModel):
     draft_tokens: int = Field(default=4, ge=1, le=48)
     temperature: float = Field(default=0.7, ge=0)
     requests: int = Field(default=4, ge=1, le=64)
-    max_new_tokens: int = Field(default=40, ge=2, le=512)
+    max_new_tokens: int = Field(default=56, ge=2, le=512)
     seed: int = Field(default=0, ge=0)
     show_stale: bool = False
     scv: Literal["off", "graph", "adaptive"] = "graph"
@@ -101,6 +101,14 @@ class RunResult(BaseModel):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
+    def counted_rows(self) -> int:
+        """Rows written to the cache by the window's own counters."""
+        if self.metrics is None:
+            return 0
+        return self.metrics.nwor_certain_rows + self.metrics.nwor_total_committed
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
     def fallbacks(self) -> int:
         """Windows that accepted nothing for want of usable ids, or because of the error flag."""
         if self.metrics is None:
@@ -109,10 +117,15 @@ class RunResult(BaseModel):
 
 
 class PassSummary(BaseModel):
-    """What the pass did to the target's graph. None of it ran if `eager`."""
+    """What the pass did to the target's graph. None of it ran if `eager`.
+
+    staged, refused: a line for each write: its node, and what reads it or why it stays direct.
+    report: the pass's own table.
+    """
 
     writes_rewritten: int
     readers_rewritten: int
+    staged: list[str]
     refused: list[str]
     seconds: float
     report: str

@@ -96,6 +96,7 @@ class Demo:
         summary = PassSummary(
             writes_rewritten=len(rewritten),
             readers_rewritten=sum(len(d.readers) for d in rewritten),
+            staged=[f"{d.node} ({d.op}), read by {', '.join(d.readers)}" for d in rewritten],
             refused=[f"{d.node}: {d.reason}" for report in reports for d in report.refused],
             seconds=sum(report.seconds for report in reports),
             report="\n".join(str(report) for report in reports),
@@ -111,12 +112,12 @@ class Demo:
             f"compiled in {self.run_target.compile_seconds:.1f} s (target) and "
             f"{self.run_draft.compile_seconds:.1f} s (draft)"
         )
-        if summary.report:
-            self.screen.console.print(summary.report, highlight=False, markup=False, soft_wrap=True)
         self.screen.say(
-            f"{summary.writes_rewritten} cache writes and {summary.readers_rewritten} readers "
-            f"rewritten, {len(summary.refused)} refused"
+            f"NWOR pass, {summary.seconds * 1e3:.0f} ms: {summary.writes_rewritten} cache writes "
+            f"and {summary.readers_rewritten} readers rewritten, {len(summary.refused)} refused"
         )
+        for line in summary.staged + summary.refused:
+            self.screen.say(f"  {line}")
 
     def run(
         self, mode: Mode, drafter: str = "", temperature: float = 0.0, title: str = ""
@@ -275,7 +276,7 @@ def demo(
         float, typer.Option(help="Sample at this temperature too; 0 decodes greedily alone.")
     ] = 0.7,
     requests: Annotated[int, typer.Option(help="Prompts served together.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 40,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 56,
     seed: Annotated[int, typer.Option(help="Of the sampled numbers and the cache's layout.")] = 0,
     show_stale: Annotated[
         bool, typer.Option("--show-stale", help="Also stage naively, invisible to attention.")

@@ -24,12 +24,18 @@ STYLES = {
 }
 # Where there is no colour (a pipe, CI) these tell tokens apart.
 MARKS = {"prompt": "{} »", "accepted": "{}", "corrected": "<{}>", "rejected": "[-{}-]"}
+LEGEND = {
+    "accepted": "accepted draft",
+    "rejected": "rejected draft",
+    "corrected": "the target's own token",
+}
 FIGURES: list[tuple[str, Callable[[RunResult], str]]] = [
     ("draft tokens", lambda run: f"{run.drafted}"),
     ("acceptance", lambda run: f"{run.acceptance:.1%}"),
     ("rows: prompts", lambda run: f"{run.audit.prompt_rows}"),
     ("rows: generated", lambda run: f"{run.audit.generated_rows}"),
     ("rows: rejected", lambda run: f"{run.audit.rejected_rows}"),
+    ("rows: found/counted", lambda r: f"{r.audit.rows_written}/{r.counted_rows}"),
     ("rows per new token", lambda run: f"{run.rows_per_token:.2f}"),
     ("rows wrong/audited", lambda r: f"{r.audit.wrong_rows}/{r.audit.checked_rows}"),
     ("KiB to the cache", lambda run: f"{run.cache_bytes / 1024:.0f}"),
@@ -83,7 +89,8 @@ class Screen:
     @contextmanager
     def transcript(self, title: str, prompts: list[list[int]]) -> Iterator[Observer]:
         """Show the first requests as they are generated; the value yielded watches an engine."""
-        texts = [self.token(prompt, "prompt") for prompt in prompts]
+        # Assembled, so that the prompt's style is a span and not the base of what follows.
+        texts = [Text.assemble(self.token(prompt, "prompt")) for prompt in prompts]
 
         def observe(decisions: list[Decision]) -> None:
             for decision in decisions:
@@ -107,24 +114,11 @@ class Screen:
             text.append_text(self.token([decision.token], "corrected"))
 
     def _panels(self, title: str, texts: list[Text]) -> Group:
-        legend = Text.assemble(
-            self.token([], "prompt"),
-            *(
-                part
-                for kind, meaning in (
-                    ("accepted", "accepted draft"),
-                    ("rejected", "rejected draft"),
-                    ("corrected", "the target's own token"),
-                )
-                for part in (
-                    Text(
-                        meaning if self.live else MARKS[kind].format(meaning),
-                        STYLES[kind] if self.live else "",
-                    ),
-                    Text("   "),
-                )
-            ),
-        )
+        legend = Text()
+        for kind, meaning in LEGEND.items():
+            text = meaning if self.live else MARKS[kind].format(meaning)
+            legend.append(text, STYLES[kind] if self.live else "").append("   ", "")
+        legend.rstrip()
         panels = [Panel(text, title=f"{title}, request {i}") for i, text in enumerate(texts)]
         return Group(*panels, legend)
 

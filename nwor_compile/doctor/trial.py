@@ -25,14 +25,14 @@ from nwor_compile.passes.report import Report
 def try_sample(*, compiled: bool) -> tuple[Check, list[Report]]:
     """The pass on the built-in model: through Inductor if there is a compiler, else Dynamo only."""
     name = "pass on the sample model"
-    start, before = time.perf_counter(), len(last_reports())
+    start, earlier = time.perf_counter(), last_reports()
     model, inputs = sample()
     wanted = model(*inputs)[0]
     model, inputs = sample()
     try:
         if compiled:
             result = _compile_sample(model, inputs)
-            reports = last_reports()[before:]
+            reports = [r for r in last_reports() if not any(r is e for e in earlier)]
         else:
             reports, result = _dynamo_reports(model, inputs, fullgraph=True)
     except Exception as error:  # noqa: BLE001  whatever the compiler raises is the finding
@@ -72,6 +72,7 @@ def _compile_sample(model: Callable[..., Any], inputs: Sequence[Any]) -> torch.T
 
 
 def try_model(path: str) -> tuple[Check, list[Report]]:
+    """The pass on Dynamo's graph of the model that a factory `module:function` makes."""
     name = f"pass on {path}"
     try:
         model, inputs = _load_factory(path)()
@@ -139,6 +140,7 @@ def _dynamo_reports(
 
 
 def decisions(report: Report) -> list[WriteDecision]:
+    """The decisions of a report, as a diagnosis carries them."""
     return [
         WriteDecision(
             graph=report.graph,

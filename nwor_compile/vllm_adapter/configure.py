@@ -9,7 +9,7 @@ from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.passes.layer_ops import LayerOps
 from nwor_compile.vllm_adapter.graph_pass import VllmNworPass
-from nwor_compile.vllm_adapter.settings import requested
+from nwor_compile.vllm_adapter.settings import FIELD, requested
 
 log = logging.getLogger("nwor_compile")
 
@@ -26,6 +26,7 @@ def configure(config: Any) -> Any:
     settings = requested(config.additional_config)
     if settings is None:
         return config
+    _enter_cache_key(config, settings)
     _use_reference_backend(config)
     if settings.mode == "off":
         return config
@@ -65,6 +66,13 @@ def refusals(config: Any) -> list[str]:
     if compilation.mode is None or int(compilation.mode) == 0 or compilation.backend == "eager":
         found.append("the model is not compiled (enforce_eager?), so no pass runs; compile it")
     return found
+
+
+def _enter_cache_key(config: Any, settings: NworConfig) -> None:
+    """vLLM hashes `additional_config`, not our variables: put there what changes the graph."""
+    given = dict(config.additional_config or {})
+    given[FIELD] = {**given.get(FIELD, {}), **settings.compile_key()}
+    config.additional_config = given
 
 
 def _install_pass(config: Any, settings: NworConfig) -> None:

@@ -14,7 +14,7 @@ from nwor_compile.ops.staging import LayerStaging
 
 _library = torch.library.Library("nwor", "FRAGMENT")
 _layers: dict[str, LayerStaging] = {}
-_executions = {"staged": 0, "direct": 0}
+_executions = {"calls": 0, "staged": 0, "direct": 0}
 
 
 def set_layers(layers: dict[str, LayerStaging]) -> None:
@@ -24,11 +24,13 @@ def set_layers(layers: dict[str, LayerStaging]) -> None:
 
 
 def executions() -> dict[str, int]:
-    """How often the twins ran in this process: for layers that stage, and for others."""
+    """How often `vllm_stage` ran in this process: in all (warm-up included), for layers that
+    stage, and for others."""
     return dict(_executions)
 
 
 def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
+    _executions["calls"] += 1
     name = _resolve_layer_name(layer_name)
     _, layer, kv_cache, slots = get_attention_context(name)
     if slots is not None:

@@ -69,6 +69,15 @@ class RunnerHooks:
             return {}
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
+    def check_executed(self) -> None:
+        """Raise ConfigError if the model ran and no staged write did: then nothing was rewritten."""
+        if ops.executions()["calls"] == 0:
+            raise ConfigError(
+                "NWOR is on, but no staged write ran in warm-up: the graph was not rewritten (eager "
+                "mode, another attention backend, or a fusion that swallowed the cache write). "
+                "Compile the model, or unset the nwor flag"
+            )
+
     def _load_drafter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._target = set(self.config.compilation_config.static_forward_context)
         return original(*args, **kwargs)

@@ -15,7 +15,8 @@ def requested(additional_config: Any) -> NworConfig | None:
     """The settings in force, or None if NWOR was not asked for.
 
     `--additional-config '{"nwor": {"mode": "stage"}}'`, or VLLM_NWOR_MODE=stage. Where both name a
-    setting and disagree, ConfigError names both.
+    setting and disagree, ConfigError names both. `strict` is on unless it is turned off: an engine
+    that cannot stage is refused at start.
     """
     given = additional_config.get(FIELD) if isinstance(additional_config, dict) else None
     if given is None and not os.environ.get(ENVIRONMENT["mode"]):
@@ -32,6 +33,8 @@ def requested(additional_config: Any) -> NworConfig | None:
                 f"conflicting switches: additional_config[{FIELD!r}][{name!r}] is "
                 f"{settings[name]!r} and {variable} is {os.environ[variable]!r}; drop one of them"
             )
+    # Here, unlike in a graph of one's own, running direct without saying so is never wanted.
+    settings.setdefault("strict", True)
     return NworConfig.load(**settings)
 
 

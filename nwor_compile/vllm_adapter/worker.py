@@ -21,6 +21,12 @@ class NworCPUWorker(CPUWorker):
         super().init_device()
         self.nwor = RunnerHooks(self.model_runner, self.vllm_config)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, then make sure that the rewritten graph is what ran."""
+        result = super().compile_or_warm_up_model()
+        self.nwor.check_executed()
+        return result
+
     def nwor_metrics(self) -> dict[str, Any]:
         """The window's counters; for `LLM.collective_rpc("nwor_metrics")`."""
         return self.nwor.metrics()

@@ -286,9 +286,12 @@ def plan(
     most = 64 if pad > 128 or itemsize == 4 else 128
     m = min(most, triton.next_power_of_2(per_request * group))
     m = max(16, m, triton.next_power_of_2(group))
-    n = 32 if pad > 128 or itemsize == 4 else 64
     tiles = max(min(requests, tokens), triton.cdiv(tokens, m // group))
     programs = max(1, kv_heads * tiles)
+    # Measured on an H200 (5-row spans, bf16): 128 positions a step beat 64 where the tiles alone
+    # fill the device; below that, shares of the KV have to fill it, and small steps do.
+    wide = m <= 64 and programs >= 0.75 * processors
+    n = 32 if pad > 128 or itemsize == 4 else 128 if wide else 64
     # Two programs a multiprocessor fill the device; a share is at least one KV tile.
     splits = max(1, min(2 * processors // programs, triton.cdiv(context, n), 64))
     return Plan(m, n, splits, 8 if m * pad > 8192 else 4, 2)

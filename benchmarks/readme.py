@@ -1,0 +1,144 @@
+"""Fills the README's quoted blocks from the records and examples; `--check` only compares.
+
+    python benchmarks/readme.py           # after a new record
+    python benchmarks/readme.py --check   # what the tests run
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nwor_compile.demo.result import DemoResult
+from nwor_compile.demo.screen import Screen
+from nwor_compile.demo.text import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "records"
+
+
+def newest(prefix: str) -> Path:
+    """The record of a kind with the latest date in its name.
+
+    Raises FileNotFoundError naming the command that makes one.
+    """
+    found = sorted(RECORDS.glob(f"{prefix}-*.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"no {prefix} record in {RECORDS}; benchmarks/README.md has the command that makes one"
+        )
+    return found[-1]
+
+
+def demo_block() -> str:
+    """The final table and verdict of the recorded demo run, as the demo prints them."""
+    path = newest("demo-cpu")
+    result = DemoResult.model_validate_json(path.read_text())
+    text = io.StringIO()
+    screen = Screen(Console(file=text, width=100, no_color=True), load_tokenizer())
+    screen.table(result)
+    screen.verdict(result)
+    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    return "\n".join(["```text", *lines, "```", "", f"(from `{path.relative_to(ROOT)}`)"])
+
+
+def example_block() -> str:
+    """The marked lines of examples/own_model.py."""
+    source = (ROOT / "examples" / "own_model.py").read_text()
+    part = re.search(r"# readme: begin\n(.*?) *# readme: end", source, re.DOTALL)
+    if part is None:
+        raise ValueError("examples/own_model.py has no part between '# readme: begin' and 'end'")
+    return f"```python\n{textwrap.dedent(part.group(1)).rstrip()}\n```"
+
+
+def measured_block() -> str:
+    """CPU figures of the core benchmark, and the GPU figures of the ops benchmark."""
+    return f"{_core_table()}\n\n{_gpu_table()}"
+
+
+def _core_table() -> str:
+    path = newest("core-cpu")
+    record = json.loads(path.read_text())
+    machine, compiled = record["machine"], record["compile"]
+    lines = [
+        f"On a CPU ({machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date']}; `{record['command']}`, `{path.relative_to(ROOT)}`): the pass takes "
+        f"{compiled['share']['median']:.2%} of `torch.compile`'s time on a "
+        f"{compiled['layers']}-layer model. A window against direct writes, medians:",
+        "",
+        "| requests × drafts | direct, µs | window, µs | ratio (quartiles) |",
+        "|---|---|---|---|",
+    ]
+    for row in record["windows"]:
+        ratio = row["ratio"]
+        lines.append(
+            f"| {row['requests']} × {row['drafts']} | {row['direct_us']['median']:.0f} | "
+            f"{row['window_us']['median']:.0f} | {ratio['median']:.2f} ({ratio['p25']:.2f} to "
+            f"{ratio['p75']:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _gpu_table() -> str:
+    path = newest("ops-gpu")
+    record = json.loads(path.read_text())
+    machine = record["about"]
+    lines = [
+        f"On a GPU ({machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"{machine['date']}; `{machine['command']}`, `{path.relative_to(ROOT)}`), CUDA-graph "
+        "replays over 32 layer caches, medians in µs:",
+        "",
+        "| group | case | what | µs | p10 to p90 |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['group']} | {row['case']} | {row['name']} | {row['median']:.1f} | "
+        f"{row['p10']:.1f} to {row['p90']:.1f} |"
+        for row in record["microseconds"]
+    ]
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": demo_block,
+    "example": example_block,
+    "measured": measured_block,
+}
+
+
+def filled(readme: str) -> str:
+    """The README with every block made anew."""
+    for name, make in BLOCKS.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        if not re.search(pattern, readme, re.DOTALL):
+            raise ValueError(f"README.md has no <!-- {name}:begin --> ... <!-- {name}:end -->")
+        block = make()
+
+        def put(match: re.Match[str], block: str = block) -> Any:
+            return f"{match.group(1)}{block}\n{match.group(2)}"
+
+        readme = re.sub(pattern, put, readme, flags=re.DOTALL)
+    return readme
+
+
+def main(check: Annotated[bool, typer.Option(help="compare, write nothing")] = False) -> None:
+    """Fill README.md, or fail with `--check` if it is out of date."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if check and new != old:
+        raise SystemExit("README.md is out of date: run python benchmarks/readme.py")
+    if not check:
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    typer.run(main)
