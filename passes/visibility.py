@@ -160,14 +160,14 @@ def _outdated(write: Write, node: Node, order: dict[Node, int], aliases: Aliases
     """Judge a node after a functional write by all memory of its bases, not by the caches alone."""
     if not is_functionalized(write.node) or order[node] <= order[write.node]:
         return ""
-    if aliases.is_view(node) or _is_write_back(node, aliases):
+    if aliases.is_view(node) or new_version(node) is not None or _is_write_back(node, aliases):
         return ""
     given = [n for n in pytree.tree_leaves(bases(write.node)) if isinstance(n, Node)]
     whole = [view.anywhere() for base in given for view in aliases.memory(base)]
     for source in node.all_input_nodes:
-        if aliases.meet(whole, list(aliases.memory(source))):
-            if not _carries(source, write, aliases):
-                return _copied(node)
+        meets = aliases.meet(whole, list(aliases.memory(source)))
+        if meets and not _carries(source, write, aliases):
+            return _copied(node)
     return ""
 
 

