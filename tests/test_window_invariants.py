@@ -143,6 +143,17 @@ def test_invariant_1_poison_ignores_slots_outside_the_cache() -> None:
         assert r.commit(NONE).error.item() == 0
 
 
+def test_invariant_1_slots_of_an_earlier_window_are_no_open_slots_of_a_later_one() -> None:
+    """Rows that it committed would be poisoned, and be taken for drafts once more."""
+    with rig(poison="nan") as r:
+        r.run(ALL)
+        before = r.rows()
+        r.begin(num_drafts=torch.zeros_like(r.batch.num_drafts))
+        assert r.holds(before)
+        assert r.window.tensors.batches[0].slots.tolist() == [-1] * 31
+        r.window.abort()
+
+
 # 2: visibility -----------------------------------------------------------------------------------
 
 

@@ -102,8 +102,7 @@ def test_flushing_inside_a_window_waits_for_its_end(lines: list[str]) -> None:
         r.window.close()
 
 
-def test_the_line_is_of_its_own_window_although_the_buffers_are_shared(lines: list[str]) -> None:
-    """Printed after the next begin has overwritten counts, flag and state."""
+def test_the_next_begin_prints_the_counts_and_flag_of_the_window_before(lines: list[str]) -> None:
     with rig(debug=True) as r:
         del lines[:]
         r.begin()

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
-import os
-import platform
-import resource
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -26,6 +18,7 @@ from nwor_compile.demo.drafters import Drafter, ModelDrafter, NgramDrafter
 from nwor_compile.demo.engine import Engine, Mode, Settings
 from nwor_compile.demo.model import PLAIN, STAGED, Llama
 from nwor_compile.demo.paged import PagedCache
+from nwor_compile.demo.process import environment, one_thread, peak_rss, warnings_once
 from nwor_compile.demo.result import (
     CompileSummary,
     DemoOptions,
@@ -167,7 +160,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> DemoResult
     start = time.perf_counter()
     screen = Screen(console or Console(), load_tokenizer(weights_folder()))
     prompts = held_out_prompts(screen.tokenizer, options.requests)
-    with _one_thread(), _warnings_once(screen):
+    with one_thread(), warnings_once(screen):
         demo = Demo(options, screen, prompts)
         rewrite = demo.compile()
         staged_before = executions()
@@ -201,70 +194,14 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> DemoResult
             staged_executions=executions() - staged_before,
         ),
         seconds=time.perf_counter() - start,
-        peak_rss_bytes=_peak_rss(),
-        environment=_environment(),
+        peak_rss_bytes=peak_rss(),
+        environment=environment(),
     )
     result.checks = all_checks(result)
     screen.stale(result)
     screen.table(result)
     screen.verdict(result)
     return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: with two threads the same run took 30 times the CPU time, all of it
-    threads waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Once(logging.Handler):
-    def __init__(self, screen: Screen) -> None:
-        super().__init__(logging.WARNING)
-        self.screen = screen
-        self.seen: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if text not in self.seen:
-            self.seen.add(text)
-            self.screen.say(f"{record.levelname.lower()}: {text}")
-
-
-@contextmanager
-def _warnings_once(screen: Screen) -> Iterator[None]:
-    """Every run opens a window of its own, and each would repeat the same warnings."""
-    logger = logging.getLogger("nwor_compile")
-    handler = _Once(screen)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-def _peak_rss() -> int:
-    """Most memory that this process or one of its children (the compiler) held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "nwor_compile": nwor_compile.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "cpus": str(os.cpu_count()),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-    }
 
 
 def demo(
