@@ -17,6 +17,9 @@ HEADS, KV_HEADS, SIZE, BLOCKS, BLOCK_SIZE, VOCABULARY = 4, 2, 16, 8, 4, 32
 class OneLayer(nn.Module):
     """Embedding, one attention layer with a paged cache, logits."""
 
+    key_cache: Tensor
+    value_cache: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HEADS * SIZE)

@@ -244,12 +244,15 @@ def fit(
     return sum(tail) / len(tail)
 
 
-def train_target(tokens: Tensor, steps: int, seed: int, compiled: bool) -> LlamaForCausalLM:
+def train_target(
+    tokens: Tensor, steps: int, seed: int, compiled: bool, device: str
+) -> LlamaForCausalLM:
     """Train the target by next-token prediction."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**TARGET_SHAPE))
+    model = LlamaForCausalLM(LlamaConfig(**TARGET_SHAPE)).to(device)
 
     def loss_fn(ids: Tensor) -> Tensor:
+        ids = ids.to(model.device)
         return next_token_loss(logits_of(model, ids), ids)
 
     step_fn = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
@@ -259,14 +262,15 @@ def train_target(tokens: Tensor, steps: int, seed: int, compiled: bool) -> Llama
 
 
 def train_draft(
-    target: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int, compiled: bool
+    target: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int, compiled: bool, device: str
 ) -> LlamaForCausalLM:
     """Distil the draft: match the target's next-token distributions on the training text."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**DRAFT_SHAPE))
-    target.requires_grad_(False)
+    model = LlamaForCausalLM(LlamaConfig(**DRAFT_SHAPE)).to(device)
+    target.requires_grad_(False).to(device)
 
     def loss_fn(ids: Tensor) -> Tensor:
+        ids = ids.to(model.device)
         wanted = logits_of(target, ids).log_softmax(-1)
         got = logits_of(model, ids).log_softmax(-1)
         return F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1).mean()
@@ -282,7 +286,7 @@ def train_draft(
 
 def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that `from_pretrained` and vLLM load: bfloat16 weights and tokenizer."""
-    torch.nn.Module.to(model, torch.bfloat16)
+    torch.nn.Module.to(model, "cpu", torch.bfloat16)
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # save_pretrained leaves it private
     (folder / "generation_config.json").unlink(missing_ok=True)  # repeats config.json's ids
@@ -424,6 +428,7 @@ class Recipe(NamedTuple):
     seed: int
     compiled: bool
     keep_target: bool
+    device: str
 
 
 def train(text: Path, out: Path, recipe: Recipe) -> None:
@@ -439,11 +444,15 @@ def train(text: Path, out: Path, recipe: Recipe) -> None:
         f"{len(held_out)} held out, {len(test_tokens)} tokens, {test_bytes} bytes"
     )
     if not recipe.keep_target:
-        model = train_target(train_tokens, recipe.target_steps, recipe.seed, recipe.compiled)
+        model = train_target(
+            train_tokens, recipe.target_steps, recipe.seed, recipe.compiled, recipe.device
+        )
         save_model(model, tokenizer, out / "target")
     target = load_model(out / "target")  # the draft learns from the weights that ship
     report_losses("target, held out", target, test_tokens, test_bytes)
-    draft = train_draft(target, train_tokens, recipe.draft_steps, recipe.seed, recipe.compiled)
+    draft = train_draft(
+        target, train_tokens, recipe.draft_steps, recipe.seed, recipe.compiled, recipe.device
+    )
     save_model(draft, tokenizer, out / "draft")
     report_losses("draft, held out", load_model(out / "draft"), test_tokens, test_bytes)
 
@@ -457,10 +466,11 @@ def main(
     only_measure: Annotated[bool, typer.Option("--measure", help="Only measure OUT.")] = False,
     keep_target: Annotated[bool, typer.Option(help="Train only a draft for OUT/target.")] = False,
     target_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 2600,
-    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 400,
+    draft_steps: Annotated[int, typer.Option(help="Steps of 4096 tokens.", min=1)] = 6000,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
+    device: Annotated[str, typer.Option(help="Where to train: cpu or cuda.")] = "cpu",
     k: Annotated[int, typer.Option(help="Drafts per round.", min=1)] = 4,
     prompts: Annotated[int, typer.Option(help="Prompts to measure with.", min=2)] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -473,7 +483,7 @@ def main(
         raise typer.BadParameter("expected TEXT to train on, or --measure to measure OUT")
     if text is not None and not only_measure:
         started = time.perf_counter()
-        train(text, out, Recipe(target_steps, draft_steps, seed, compiled, keep_target))
+        train(text, out, Recipe(target_steps, draft_steps, seed, compiled, keep_target, device))
         console.print(f"training took {time.perf_counter() - started:.0f} s")
     measure(out, Workload(k, prompts, prompt_tokens, new_tokens))
 

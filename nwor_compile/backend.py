@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from nwor_compile.config import NworConfig
@@ -58,4 +57,8 @@ def nwor(
         )
     if config.mode == "stage":
         rewrite_module(module, strict=config.strict, name="Dynamo graph")
-    return compile_fx(module, list(example_inputs), config_patches=options)
+    # Seconds to import: not before something is compiled.
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled = compile_fx(module, list(example_inputs), config_patches=options)
+    return cast("Callable[..., Any]", compiled)  # other types come from ahead-of-time compilation

@@ -110,9 +110,9 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"expected all tensors on one device, got {listing}")
 
 
-def head_scale(scale: Tensor | None) -> Tensor | None:
+def head_scale(scale: Tensor) -> Tensor:
     """A scale shaped to multiply `[..., heads, size]` rows."""
-    return None if scale is None else scale.reshape(-1, 1)
+    return scale.reshape(-1, 1)
 
 
 def encode(rows: Tensor, kv_cache_dtype: str, scale: Tensor | None) -> Tensor:

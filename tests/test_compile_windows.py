@@ -74,10 +74,9 @@ def make_step(spans: list[tuple[int, int, int]], seed: int) -> tuple[Tensor, Ste
         starts.append(len(slots))
         lens.append(context + certain + drafts)
     x = torch.randn(len(slots), HIDDEN, generator=generator)
-    index = {"dtype": torch.int32}
     step = Step(
         None, None, None, torch.tensor(slots), table,
-        torch.tensor(lens, **index), torch.tensor(starts, **index),
+        torch.tensor(lens, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32),
     )  # fmt: skip
     return x, step, torch.tensor([drafts for _, _, drafts in spans])
 

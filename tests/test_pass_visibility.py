@@ -352,7 +352,7 @@ def test_a_late_read_of_another_part_of_the_old_base_keeps_the_write_direct() ->
     b = Builder()
     step, size = b.step(), BLOCKS * BLOCK * KV_HEADS * SIZE
     base = b.input("base", 3, *SHAPE)
-    views = {}
+    views: dict[str, Any] = {}
     for index, name in enumerate(("key_cache", "value_cache")):
         views[f"_{name}_base_index"] = 0
         views[f"_{name}_size"] = SHAPE
@@ -546,7 +546,8 @@ def test_a_new_version_without_record_is_still_the_cache(form: str) -> None:
     step, caches = b.step(), b.caches()
     now = b.write(step, *caches, form)
     out = b.read(step, *now)
-    (again,) = b.versions(now[0].args[0], 1)
+    (call,) = now[0].all_input_nodes
+    (again,) = b.versions(call, 1)
     total = b.call(torch.ops.aten.sum.default, again)
     again.meta.clear()
     assert "sum" in refusal(b.output(out, total))

@@ -81,7 +81,7 @@ class NworCPUImpl(CPUAttentionBackendImpl):
                 "NWOR's CPU attention has no ALiBi and no sinks: unset the nwor flag for this model"
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         layer: Any,
         query: Tensor,
@@ -100,20 +100,21 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("NWOR's CPU attention does not quantise its output")
         tokens = attn_metadata.num_actual_tokens
-        caches = split_cache(kv_cache)
-        batch = (
-            attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc,
-        )  # fmt: skip
+        key_cache, value_cache = split_cache(kv_cache)
+        block_table, seq_lens = attn_metadata.block_table, attn_metadata.seq_lens
+        starts = attn_metadata.query_start_loc
         window = 0 if self.sliding_window == -1 else self.sliding_window
         options = (self.scale, window, float(self.logits_soft_cap), *self._stored(layer))
         q = query[:tokens]
         if staging is None:
-            out = paged_attention(q, *caches, *batch, *options)
+            out = paged_attention(
+                q, key_cache, value_cache, block_table, seq_lens, starts, *options
+            )
         else:
             routing = staging.routing
             out = verify_attention(
-                q, *caches, staging.key, staging.value, *batch, routing.num_drafts,
-                routing.tail_start, *options,
+                q, key_cache, value_cache, staging.key, staging.value, block_table, seq_lens,
+                starts, routing.num_drafts, routing.tail_start, *options,
             )  # fmt: skip
         output[:tokens].copy_(out)
         return output
@@ -122,7 +123,9 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """The direct write."""
-        reshape_and_cache(key, value, *split_cache(kv_cache), slot_mapping, *self._stored(layer))
+        key_cache, value_cache = split_cache(kv_cache)
+        stored = self._stored(layer)
+        reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *stored)
 
     def stage_kv(
         self,
@@ -134,8 +137,9 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         staging: LayerStaging,
     ) -> None:
         """The staged write."""
+        key_cache, value_cache = split_cache(kv_cache)
         stage_kv(
-            key, value, *split_cache(kv_cache), staging.key, staging.value, staging.state,
+            key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
             slot_mapping, staging.routing.row_map, *self._stored(layer),
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ def requested(additional_config: Any) -> NworConfig | None:
         return None
     if given is not None and not isinstance(given, dict):
         raise ConfigError(
-            f"additional_config[{FIELD!r}]: expected settings like {{'mode': 'stage'}}, got {given!r}"
+            f"additional_config[{FIELD!r}]: expected settings like {{'mode': 'stage'}}, got "
+            f"{given!r}"
         )
     settings = dict(given or {})
     for name, variable in ENVIRONMENT.items():

@@ -330,6 +330,7 @@ def verify_attention(
     if fp8:
         key_cache, value_cache = bits(key_cache), bits(value_cache)
     tail = staged_key is not None
+    staged_strides: tuple[int, ...]
     if staged_key is None or staged_value is None:
         staged_key, staged_value, staged_strides = key_cache, value_cache, (0,) * 6
     else:

@@ -113,6 +113,7 @@ def _launch(
     k_strides, v_strides = cache_strides(key_cache, value_cache)
     block_size = key_cache.shape[3] if key_cache.dim() == 5 else key_cache.shape[1]
     key_bits, value_bits = bits(key_cache), bits(value_cache)
+    staged_strides: tuple[int, ...]
     if staging is None:
         staged_key, staged_value, state, row_map = key_bits, value_bits, None, None
         staged_strides = (0,) * 6

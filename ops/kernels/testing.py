@@ -21,6 +21,12 @@ from nwor_compile.ops.layout import (
     logical_value,
 )
 
+# The tensors that `paged_attention` and `verify_attention` take, in order.
+PagedArgs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+VerifyArgs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
+
 LAYOUTS = ("NHD", "HND", "packed", "5d")
 GARBAGE = 1_000_000_007  # a block number far outside of every cache
 
@@ -88,10 +94,10 @@ class Batch(NamedTuple):
     written_value: Tensor
     rows: list[tuple[Tensor, Tensor]]  # K and V of each request, as stored
 
-    def verify_args(self) -> tuple[Tensor, ...]:
-        return tuple(self[:10])
+    def verify_args(self) -> VerifyArgs:
+        return self[:10]
 
-    def paged_args(self) -> tuple[Tensor, ...]:
+    def paged_args(self) -> PagedArgs:
         caches = (self.written_key, self.written_value)
         return (self.query, *caches, self.block_table, self.seq_lens, self.query_start_loc)
 
