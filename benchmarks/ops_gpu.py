@@ -233,7 +233,7 @@ def environment() -> dict[str, str]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": "python benchmarks/" + " ".join(Path(part).name for part in sys.argv),
     }
 
 

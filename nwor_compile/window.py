@@ -27,7 +27,8 @@ from nwor_compile.ops.staging import (
     LayerStaging,
     register_direct,
     register_layer,
-    unregister,
+    unregister_direct,
+    unregister_layer,
     window_closed,
     window_opened,
 )
@@ -106,6 +107,7 @@ class Window:
         self._fake = False
         self._requests = 0
         self._registered: list[Tensor] = []
+        self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
         self._register(direct_caches)
         self._announce()
@@ -255,8 +257,11 @@ class Window:
             self.abort()
         self._log.flush()
         for cache in self._registered:
-            unregister(cache)
+            unregister_layer(cache)
+        for cache in self._direct:
+            unregister_direct(cache)
         self._registered.clear()
+        self._direct.clear()
         self._layers.clear()
         self._state = State.CLOSED
 
@@ -276,7 +281,7 @@ class Window:
                     self._registered.append(batch.key_caches[index])
             for cache in direct_caches:
                 register_direct(cache)
-                self._registered.append(cache)
+                self._direct.append(cache)
         except BaseException:
             self.close()
             raise

@@ -18,8 +18,10 @@ from nwor_compile.ops.layout import (
 )
 from nwor_compile.ops.library import define
 
-# Tokens that the reference attends for at a time: bounds its memory, does not change its result.
-_TOKEN_CHUNK = 32
+# The reference attends for some tokens at a time: this bounds its memory, and does not change its
+# result. The elements count one gathered K or V, over all positions of the block table.
+_CHUNK_ELEMENTS = 2**24
+_CHUNK_TOKENS = 32
 
 
 def check_paged(
@@ -121,7 +123,9 @@ def verify_attention_reference(
     """The specification of `verify_attention`; without staging, of `paged_attention`.
 
     One row of K and V per (token, position) is gathered, from the cache or from staging; what
-    follows does not know which, so the two agree bit for bit.
+    follows does not know which, so the two agree bit for bit. Positions are all that the block
+    table has room for, whatever the lengths are, so memory grows with its width: for a few tokens
+    at a time, see `_chunk`.
     """
     tokens, requests = query.shape[0], seq_lens.shape[0]
     if tokens == 0 or requests == 0:
@@ -131,9 +135,9 @@ def verify_attention_reference(
     request = torch.searchsorted(starts[1:], token, right=True).clamp(max=requests - 1)
     owned = token < starts[requests]
     position = seq_lens.long()[request] - starts[request + 1] + token
-    chunks = []
-    for t in range(0, tokens, _TOKEN_CHUNK):
-        part = slice(t, t + _TOKEN_CHUNK)
+    chunks, size = [], _chunk(key_cache, value_cache, block_table)
+    for t in range(0, tokens, size):
+        part = slice(t, t + size)
         rows = _gather(
             key_cache, value_cache, staged_key, staged_value, block_table, seq_lens, num_drafts,
             tail_start, request[part],
@@ -145,6 +149,14 @@ def verify_attention_reference(
         )
     out = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
     return torch.where(owned.view(-1, 1, 1), out, 0).to(query.dtype)
+
+
+def _chunk(key_cache: Tensor, value_cache: Tensor, block_table: Tensor) -> int:
+    """Tokens to gather for at a time: at most `_CHUNK_TOKENS`, and as many as keep K (and V) within
+    `_CHUNK_ELEMENTS`, but at least one. From shapes alone."""
+    _, block_size, heads, head_size = logical_value(key_cache, value_cache).shape
+    token = block_table.shape[1] * block_size * heads * head_size
+    return max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // max(1, token)))
 
 
 def _gather(

@@ -14,6 +14,7 @@ reach the buffers.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ class LayerStaging:
 class _Registry:
     layers: dict[tuple[torch.device, int], LayerStaging] = field(default_factory=dict)
     value_address: dict[tuple[torch.device, int], int] = field(default_factory=dict)
-    direct: set[tuple[torch.device, int]] = field(default_factory=set)
+    direct: Counter[tuple[torch.device, int]] = field(default_factory=Counter)  # how many said so
     open_windows: int = 0
     executions: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -89,19 +90,31 @@ def register_layer(key_cache: Tensor, value_cache: Tensor, staging: LayerStaging
         _registry.value_address[address] = value_cache.data_ptr()
 
 
-def register_direct(key_cache: Tensor) -> None:
-    """Say that a cache stays direct (a drafter's): rewritten ops may meet it inside a window."""
-    with _registry.lock:
-        _registry.direct.add(_address(key_cache))
-
-
-def unregister(key_cache: Tensor) -> None:
-    """Take a cache out of the registry; unknown caches are ignored."""
+def unregister_layer(key_cache: Tensor) -> None:
+    """Take a layer out of the registry; unknown caches are ignored."""
     with _registry.lock:
         address = _address(key_cache)
         _registry.layers.pop(address, None)
         _registry.value_address.pop(address, None)
-        _registry.direct.discard(address)
+
+
+def register_direct(key_cache: Tensor) -> None:
+    """Say that a cache stays direct (a drafter's): rewritten ops may meet it inside a window.
+
+    Counted: it stays so until every caller has taken it back by `unregister_direct`. A cache that
+    is registered as a layer too is staged, and stays registered as a layer.
+    """
+    with _registry.lock:
+        _registry.direct[_address(key_cache)] += 1
+
+
+def unregister_direct(key_cache: Tensor) -> None:
+    """Take one `register_direct` back; unknown caches are ignored."""
+    with _registry.lock:
+        address = _address(key_cache)
+        _registry.direct[address] -= 1
+        if _registry.direct[address] <= 0:
+            del _registry.direct[address]
 
 
 def window_opened() -> None:

@@ -159,11 +159,13 @@ def test_stage_kv_equals_the_reference(
 
     def run() -> tuple[Tensor, ...]:
         cache = empty_cache(form, blocks, block_size, heads, size, stored)
-        staged = [rows[0] for rows in empty_cache("NHD", 1, 5, heads, size, stored)]
+        staged_key, staged_value = (r[0] for r in empty_cache("NHD", 1, 5, heads, size, stored))
         state = torch.tensor([10, 0], dtype=torch.int32)
-        scales = scale_of(scale, heads), scale_of(scale, heads)
-        ops.stage_kv(key, value, *cache, *staged, state, slots, row_map, name, *scales)
-        return (*cache, *staged, state)
+        ops.stage_kv(
+            key, value, *cache, staged_key, staged_value, state, slots, row_map, name,
+            scale_of(scale, heads), scale_of(scale, heads),
+        )  # fmt: skip
+        return (*cache, staged_key, staged_value, state)
 
     expected, got = both(run)
     assert_same_bits(expected, got)
@@ -216,8 +218,8 @@ def samplers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     drafts = draw(st.lists(st.integers(0, 7), min_size=requests, max_size=requests))
     rows = sum(drafts) + draw(st.integers(0, 3))
     token = st.integers(-1, 2)
-    width = {"min_size": columns, "max_size": columns}
-    ids = [draw(st.lists(token, **width)) for _ in range(requests)]
+    row = st.lists(token, min_size=columns, max_size=columns)
+    ids = [draw(row) for _ in range(requests)]
     draft_ids = draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
     counts = st.lists(st.integers(-1, 8), min_size=requests, max_size=requests)
     count = draw(st.none() | counts)
@@ -263,13 +265,13 @@ def commit_inputs(
     rng = torch.Generator().manual_seed(rows)
     caches = [empty_cache(form, rows + 4, 3, heads, size, dtype) for _ in range(layers)]
     wide = torch.float32 if dtype.itemsize == 1 else dtype
-    staged = [
+    key, value = (
         torch.randn(layers, rows + 2, heads, size, generator=rng).to(wide).to(dtype)
         for _ in range(2)
-    ]
+    )
     slots = torch.randperm(3 * (rows + 4) + 5, generator=rng)[: rows + 1] - 3
     mask = torch.rand(rows, generator=rng) < 0.6
-    return caches, *staged, slots, mask
+    return caches, key, value, slots, mask
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.uint8])
@@ -434,11 +436,13 @@ def test_attention_of_no_token() -> None:
 def test_attention_of_a_strided_query_and_wide_routing_buffers() -> None:
     batch = make_batch(*VERIFY)
     fused = torch.cat([batch.query, batch.query, batch.query], dim=1)
-    wide = {
-        name: torch.cat([getattr(batch, name), torch.full((9,), 77)])
-        for name in ("num_drafts", "tail_start")
-    }
-    check_attention(batch._replace(query=fused[:, 4:8], **wide), 0.2)
+    past_the_last = torch.full((9,), 77)
+    strided = batch._replace(
+        query=fused[:, 4:8],
+        num_drafts=torch.cat([batch.num_drafts, past_the_last]),
+        tail_start=torch.cat([batch.tail_start, past_the_last]),
+    )
+    check_attention(strided, 0.2)
 
 
 def test_attention_of_tokens_before_the_first_position_is_zero() -> None:

@@ -189,7 +189,7 @@ def test_a_window_overload_is_the_explicit_op_of_its_registered_layer(geometry: 
         assert staging.executions() == before + 1
         out = torch.ops.nwor.verify_attention.window(**paged_arguments(layer, batch))
     finally:
-        staging.unregister(layer.cache.key)
+        staging.unregister_layer(layer.cache.key)
     ops.stage_kv(**stage_arguments(other, batch))
     assert layer.state.tolist() == other.state.tolist() == [5, 0]
     assert layer.cache.holds(other.cache.rows())

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_strict_changes_the_uuid() -> None:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of passes/ that the source hash reads."""
     shutil.copytree(PACKAGE / "passes", tmp_path / "passes")
     monkeypatch.setattr(nwor_pass, "__file__", str(tmp_path / "passes" / "nwor_pass.py"))

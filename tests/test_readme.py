@@ -40,9 +40,7 @@ def test_the_ten_line_example_runs_and_accepts_two_of_three_drafts() -> None:
     ("model", "layers", "kv_heads", "size"),
     [("Llama-3.2-3B", 28, 8, 128), ("Llama-3-8B", 32, 8, 128), ("Llama-2-7B", 32, 32, 128)],
 )
-def test_the_sizing_table_is_the_formula(
-    model: str, layers: int, kv_heads: int, size: int
-) -> None:
+def test_the_sizing_table_is_the_formula(model: str, layers: int, kv_heads: int, size: int) -> None:
     row = next(line for line in README.splitlines() if line.startswith(f"| {model} "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     units = {"MiB": 2**20, "GiB": 2**30}
@@ -57,3 +55,10 @@ def test_links_to_files_of_the_repository_lead_somewhere() -> None:
     targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in t]
     assert targets
     assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_tests_named_in_the_readme_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name in sorted(named) if f"def {name}(" not in written] == []

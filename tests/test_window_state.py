@@ -23,7 +23,13 @@ from nwor_compile import (
     WindowOrderError,
 )
 from nwor_compile.ops import stage_kv_window, verify_attention_window
-from nwor_compile.ops.staging import UnregisteredCacheError, executions
+from nwor_compile.ops.staging import (
+    UnregisteredCacheError,
+    executions,
+    register_direct,
+    unregister_direct,
+    unregister_layer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -453,6 +459,82 @@ def test_a_direct_cache_is_written_directly_inside_a_window() -> None:
             assert r.holds(r.expected(own, SOME))
             assert result.error.item() == 0
         assert registered() == 0
+
+
+def test_a_direct_cache_stays_direct_until_the_last_window_that_named_it_is_closed() -> None:
+    with rig(layers=1, seed=7) as drafter:
+        drafter.window.close()
+        direct = [drafter.layers[0].cache.key]
+        with rig(window={"direct_caches": direct}) as r:
+            # The second window names it twice, and is closed twice.
+            with rig(layers=1, seed=5, window={"direct_caches": direct * 2}) as other:
+                assert registered() == 2 + 1 + 1
+                other.window.close()
+            assert registered() == 2 + 1
+            before, own = drafter.rows(), r.rows()
+            r.begin()
+            drafter.forward()
+            r.forward()
+            r.commit(SOME)
+            assert drafter.holds(drafter.expected(before, ALL))
+            assert r.holds(r.expected(own, SOME))
+        assert registered() == 0
+        with rig() as r:
+            r.begin()
+            with pytest.raises(UnregisteredCacheError):
+                drafter.forward()
+            r.window.abort()
+
+
+@pytest.mark.parametrize("first", ["layer", "direct"])
+def test_a_direct_cache_that_is_a_layer_of_another_window_stays_that_layer(first: str) -> None:
+    with rig(layers=1) as r:
+        direct = {"direct_caches": [r.layers[0].cache.key]}
+        if first == "direct":
+            r.window.close()
+        with rig(layers=1, seed=5, window=direct) as other:
+            if first == "direct":
+                r.window = make_window(r.caches())
+            staging = r.window.layers["layers.0"]
+            other.window.close()
+        assert registered() == 1
+        ran = executions()
+        before = r.rows()
+        r.begin()
+        r.forward()
+        assert executions() == ran + 1
+        assert staging.state.tolist() == [sum(ALL), 0]
+        r.commit(SOME)
+        assert r.holds(r.expected(before, SOME))
+
+
+@pytest.mark.parametrize("layers_first", [True, False])
+def test_closing_the_layers_of_a_cache_leaves_it_direct_for_the_other_window(
+    layers_first: bool,
+) -> None:
+    with rig(layers=1) as r:
+        if not layers_first:
+            r.window.close()
+        with rig(layers=1, seed=5, window={"direct_caches": [r.layers[0].cache.key]}) as other:
+            if not layers_first:
+                r.window = make_window(r.caches())
+            r.window.close()
+            before = r.rows()
+            other.begin()
+            r.forward()
+            assert r.holds(r.expected(before, ALL))
+            other.window.abort()
+
+
+def test_taking_back_caches_that_nobody_registered_changes_nothing() -> None:
+    (cache,) = caches_of(1)
+    unregister_layer(cache)
+    unregister_direct(cache)
+    register_direct(cache)
+    unregister_layer(cache)
+    assert registered() == 1
+    unregister_direct(cache)
+    assert registered() == 0
 
 
 def test_a_key_cache_with_another_value_cache_is_an_error() -> None:

@@ -178,6 +178,23 @@ class Rig:
             layer.cache.holds(wanted) for layer, wanted in zip(self.layers, rows, strict=True)
         )
 
+    def change_batch(self, batch: Batch, seed: int = 0) -> None:
+        """Go on with another batch: the layers keep their caches and get its tokens' Q, K and V."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = batch.slot_mapping.shape[0]
+
+        def another(layer: Layer) -> Layer:
+            g = layer.cache.geometry
+            query = torch.randn(tokens, g.heads, g.head_size, generator=generator)
+            return replace(
+                layer,
+                query=query.to(g.model_dtype).to(g.device),
+                key=g.random_rows(tokens, generator),
+                value=g.random_rows(tokens, generator),
+            )
+
+        self.batch, self.layers = batch, [another(layer) for layer in self.layers]
+
     def new_rows(self, seed: int) -> None:
         """The K and V of another forward pass over the same tokens."""
         generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pathlib import Path
+
 import torch
 
 import nwor_compile
@@ -72,5 +74,6 @@ def environment() -> dict[str, str]:
         "machine": platform.platform(),
         "cpus": str(os.cpu_count()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        # Names without their folders: a record is read on other machines.
+        "command": " ".join(Path(part).name for part in sys.argv),
     }

@@ -21,9 +21,7 @@ from nwor_compile.ops.staging import LayerStaging
 
 def use() -> None:
     """Make vLLM's CPU_ATTN mean this backend, in this process."""
-    register_backend(
-        AttentionBackendEnum.CPU_ATTN, f"{__name__}.{NworCPUBackend.__qualname__}"
-    )
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{NworCPUBackend.__qualname__}")
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

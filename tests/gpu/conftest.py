@@ -18,6 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-record-note", default="", help="a remark kept in the record")
 
 
+def arguments() -> list[str]:
+    """pytest's arguments without those of this file."""
+    given, kept = iter(sys.argv[1:]), []
+    for argument in given:
+        if argument in ("--gpu-record", "--gpu-record-note"):
+            next(given, None)
+        else:
+            kept.append(argument)
+    return kept
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     path: Path | None = terminalreporter.config.getoption("--gpu-record")
     if path is None or not torch.cuda.is_available():
@@ -36,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m pytest " + " ".join(a for a in sys.argv[1:] if "record" not in a),
+        "command": "python -m pytest " + " ".join(arguments()),
         "note": terminalreporter.config.getoption("--gpu-record-note"),
         "counts": dict(Counter(outcomes.values())),
         "not_passed": sorted(name for name, outcome in outcomes.items() if outcome != "passed"),

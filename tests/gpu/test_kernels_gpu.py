@@ -6,6 +6,7 @@ compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_kernels_gpu.py
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -106,12 +107,12 @@ def test_writes_equal_the_reference(
 
     def run() -> tuple[Tensor, ...]:
         cache = empty_cache(form, blocks, BLOCK_SIZE, HEADS, SIZE, stored, "cuda")
-        direct = tuple(clone(c) for c in cache)
-        staged = [r[0] for r in empty_cache("NHD", 1, capacity, HEADS, SIZE, stored, "cuda")]
+        direct = clone(cache[0]), clone(cache[1])
+        staging = empty_cache("NHD", 1, capacity, HEADS, SIZE, stored, "cuda")
+        staged = staging[0][0], staging[1][0]
         state = torch.tensor([5, 0], dtype=torch.int32, device="cuda")
-        options = (name, k_scale, v_scale)
-        ops.reshape_and_cache(key, value, *direct, slots, *options)
-        ops.stage_kv(key, value, *cache, *staged, state, slots, row_map, *options)
+        ops.reshape_and_cache(key, value, *direct, slots, name, k_scale, v_scale)
+        ops.stage_kv(key, value, *cache, *staged, state, slots, row_map, name, k_scale, v_scale)
         return (*direct, *cache, *staged, state)
 
     assert_same_bits(*both(run))
@@ -161,10 +162,10 @@ def test_commit_kv_equals_the_reference(
     rows: int, form: str, dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     layers, blocks = 3, 120
-    staged = [
+    staged_key, staged_value = (
         torch.randn(layers, rows, HEADS, SIZE, generator=rng, device="cuda").to(dtype)
         for _ in range(2)
-    ]
+    )
     slots = torch.randperm(blocks * BLOCK_SIZE, generator=rng, device="cuda")[:rows] - 2
     mask = torch.rand(rows, generator=rng, device="cuda") < 0.5
     drafts = torch.randint(0, 9, (257,), generator=rng, device="cuda")
@@ -179,12 +180,13 @@ def test_commit_kv_equals_the_reference(
         flag = torch.tensor([error], dtype=torch.int32, device="cuda")
         table = ops.cache_table(keys, values)
         ops.commit_kv(
-            keys, values, *staged, slots, mask, flag, drafts, accepted, counters, table, layers
-        )
+            keys, values, staged_key, staged_value, slots, mask, flag, drafts, accepted, counters,
+            table, layers,
+        )  # fmt: skip
         return (*keys, *values, counters)
 
     for error in (0, 1):
-        assert_same_bits(*both(lambda error=error: run(error)))
+        assert_same_bits(*both(functools.partial(run, error)))
 
 
 # ---- attention ------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ def test_attention_of_every_kind_of_batch(kind: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("form", LAYOUTS)
 @pytest.mark.parametrize("name", ["auto", "fp8_e4m3", "fp8_e5m2"])
 def test_attention_in_every_layout(form: str, name: str, rng: torch.Generator) -> None:
-    scales = (None, None)
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
     if name != "auto":
         drawn = torch.rand(2, HEADS, generator=rng, device="cuda") + 0.1
         scales = (drawn[0], drawn[1])
@@ -364,7 +366,9 @@ class Pool:
         self.keys = torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16)
         self.values = -self.keys
         rows = (LAYERS, REQUESTS * DRAFTS, HEADS, SIZE)
-        self.staged = [torch.zeros(rows, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        self.staged_key, self.staged_value = (
+            torch.zeros(rows, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+        )
         self.state = torch.zeros(LAYERS, 2, dtype=torch.int32, device="cuda")
         self.counters = torch.zeros(ops.counter_size(DRAFTS), dtype=torch.int64, device="cuda")
         self.table = ops.cache_table([*self.keys], [*self.values])
@@ -373,7 +377,7 @@ class Pool:
         outs = []
         for i in range(LAYERS):
             caches = self.keys[i], self.values[i]
-            staged = self.staged[0][i], self.staged[1][i]
+            staged = self.staged_key[i], self.staged_value[i]
             ops.stage_kv(s.key[i], s.value[i], *caches, *staged, self.state[i], s.slots, s.row_map)
             outs.append(
                 ops.verify_attention(
@@ -384,13 +388,14 @@ class Pool:
         mask, accepted, mismatch = ops.accept_mask(s.sampled_ids, s.draft_ids, s.cu_num_drafts)
         error = self.state[:, 1].amax().view(1)
         ops.commit_kv(
-            [*self.keys], [*self.values], *self.staged, s.draft_slots, mask, error, s.num_drafts,
-            accepted, self.counters, self.table, LAYERS,
+            [*self.keys], [*self.values], self.staged_key, self.staged_value, s.draft_slots, mask,
+            error, s.num_drafts, accepted, self.counters, self.table, LAYERS,
         )  # fmt: skip
         return (*outs, mask, accepted, mismatch)
 
     def contents(self) -> tuple[Tensor, ...]:
-        return self.keys, self.values, *self.staged, self.state, self.counters
+        staged = self.staged_key, self.staged_value
+        return self.keys, self.values, *staged, self.state, self.counters
 
 
 def test_a_replayed_window_equals_eager_with_changed_inputs(rng: torch.Generator) -> None:
