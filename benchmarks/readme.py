@@ -1,7 +1,7 @@
 """Fills the README's quoted blocks from the records and examples; `--check` only compares.
 
-    python benchmarks/readme.py           # after a new record
-    python benchmarks/readme.py --check   # what the tests run
+python benchmarks/readme.py           # after a new record
+python benchmarks/readme.py --check   # what the tests run
 """
 
 from __future__ import annotations
@@ -91,18 +91,27 @@ def _gpu_table() -> str:
     path = newest("ops-gpu")
     record = json.loads(path.read_text())
     machine = record["about"]
-    lines = [
+    intro = (
         f"On a GPU ({machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"{machine['date']}; `{machine['command']}`, `{path.relative_to(ROOT)}`), CUDA-graph "
-        "replays over 32 layer caches, medians in µs:",
-        "",
-        "| group | case | what | µs | p10 to p90 |",
-        "|---|---|---|---|---|",
-    ]
+        f"{machine['date']}; `{machine['command']}`, `{path.relative_to(ROOT)}`), medians in µs over "
+        "CUDA-graph replays that walk many layer caches; writes are a step of all 32 layers, "
+        "attention is a layer; the record has the spread:"
+    )
+    rows = record["microseconds"]
+    groups = dict.fromkeys(row["group"] for row in rows)
+    tables = [_pivot(group, [row for row in rows if row["group"] == group]) for group in groups]
+    return "\n\n".join([intro, *tables])
+
+
+def _pivot(group: str, rows: list[dict[str, Any]]) -> str:
+    """A line a case, a column a competitor."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    cells = {(row["case"], row["name"]): f"{row['median']:.1f}" for row in rows}
+    lines = [f"| {group} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {row['group']} | {row['case']} | {row['name']} | {row['median']:.1f} | "
-        f"{row['p10']:.1f} to {row['p90']:.1f} |"
-        for row in record["microseconds"]
+        f"| {case} | {' | '.join(cells.get((case, name), '') for name in names)} |"
+        for case in cases
     ]
     return "\n".join(lines)
 

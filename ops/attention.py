@@ -18,8 +18,10 @@ from nwor_compile.ops.layout import (
 )
 from nwor_compile.ops.library import define
 
-# The reference attends for some tokens at a time: this bounds its memory, and does not change its
-# result. The elements count one gathered K or V, over all positions of the block table.
+# The reference attends for some tokens at a time, which bounds its memory. No sum goes over tokens;
+# but how many there are may change the order in which torch sums a row, and so its last bits. The
+# number follows from shapes alone, so that it is the same with and without staging.
+# Elements are those of one gathered K or V, over all positions of the block table.
 _CHUNK_ELEMENTS = 2**24
 _CHUNK_TOKENS = 32
 

@@ -26,6 +26,7 @@ from cases import (
 from torch import Tensor
 
 from nwor_compile import ops
+from nwor_compile.ops import attention
 
 MIXED = [Span(6, 1, 3), Span(0, 9), Span(0, 0), Span(13, 1), Span(7, 5), Span(3, 1, 6)]
 WINDOWED: list[dict[str, Any]] = [
@@ -103,6 +104,38 @@ def test_fp8_rows_are_multiplied_by_their_scale(name: str, scale: str) -> None:
     batch, layer, rows, staging = prepared(MIXED, geometry)
     want = attend_exactly(layer, batch, rows, staging)
     assert_close(ops.verify_attention(**verify_arguments(layer, batch)), want)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 32])
+@pytest.mark.parametrize("layout", ["nhd", "5d"])
+def test_the_reference_gathers_for_a_few_tokens_at_a_time(
+    layout: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, layer, rows, staging = prepared([*MIXED, Span(0, 40)], Geometry(layout))
+    want = attend_exactly(layer, batch, rows, staging)
+    positions = batch.block_table.shape[1] * batch.geometry.block_size
+    limit = tokens * positions * batch.geometry.kv_heads * batch.geometry.head_size
+    sizes: list[tuple[int, int]] = []
+
+    def gather(*args: Any) -> tuple[Tensor, Tensor]:
+        key, value = real(*args)
+        sizes.append((key.numel(), value.numel()))
+        return key, value
+
+    real = attention._gather
+    monkeypatch.setattr(attention, "_gather", gather)
+    monkeypatch.setattr(attention, "_CHUNK_ELEMENTS", limit + tokens)
+    with ops.implementation("reference"):
+        staged = ops.verify_attention(**verify_arguments(layer, batch))
+        assert max(sizes) == (limit, limit)
+        assert len(sizes) == -(-batch.slot_mapping.shape[0] // tokens)
+        commit_exactly(layer, batch, staging)
+        assert same_bits(staged, ops.paged_attention(**paged_arguments(layer, batch)))
+        # A limit below one token's rows: one token at a time.
+        monkeypatch.setattr(attention, "_CHUNK_ELEMENTS", 1)
+        assert_close(ops.paged_attention(**paged_arguments(layer, batch)), want)
+    assert sizes[-1][0] == positions * batch.geometry.kv_heads * batch.geometry.head_size
+    assert_close(staged, want)
 
 
 def test_a_span_of_49_rows() -> None:

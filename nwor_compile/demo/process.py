@@ -10,7 +10,6 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from pathlib import Path
 
 import torch
