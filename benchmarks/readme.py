@@ -93,8 +93,8 @@ def _gpu_table() -> str:
     machine = record["about"]
     intro = (
         f"On a GPU ({machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"{machine['date']}; `{machine['command']}`, `{path.relative_to(ROOT)}`), medians in µs over "
-        "CUDA-graph replays that walk many layer caches; writes are a step of all 32 layers, "
+        f"{machine['date']}; `{machine['command']}`, `{path.relative_to(ROOT)}`), medians in µs "
+        "over CUDA-graph replays that walk many layer caches; writes are a step of all 32 layers, "
         "attention is a layer; the record has the spread:"
     )
     rows = record["microseconds"]

@@ -392,8 +392,10 @@ class Window:
         if problem:
             return self._fall_back(problem, draft_ids)
         columns = sampled_ids.shape[1]
-        if columns < self.max_drafts + 1:
-            self._log.warn_columns(columns, self.max_drafts)
+        # The counts are on the device; this many drafts are the most that one request can have.
+        longest = min(self.max_drafts, draft_ids.shape[0])
+        if columns < longest + 1:
+            self._log.warn_columns(columns, longest)
         if self.config.scv == "off":
             return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled)
         return self.validator(sampled_ids, draft_ids, num_sampled)
