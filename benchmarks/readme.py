@@ -1,7 +1,7 @@
 """Fills the README's quoted blocks from the records and examples; `--check` only compares.
 
-python benchmarks/readme.py           # after a new record
-python benchmarks/readme.py --check   # what the tests run
+After a new record: `python benchmarks/readme.py`.
+What the tests run: `python benchmarks/readme.py --check`.
 """
 
 from __future__ import annotations

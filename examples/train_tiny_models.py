@@ -249,7 +249,7 @@ def train_target(
 ) -> LlamaForCausalLM:
     """Train the target by next-token prediction."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**TARGET_SHAPE)).to(device)
+    model = torch.nn.Module.to(LlamaForCausalLM(LlamaConfig(**TARGET_SHAPE)), device)
 
     def loss_fn(ids: Tensor) -> Tensor:
         ids = ids.to(model.device)
@@ -266,8 +266,8 @@ def train_draft(
 ) -> LlamaForCausalLM:
     """Distil the draft: match the target's next-token distributions on the training text."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**DRAFT_SHAPE)).to(device)
-    target.requires_grad_(False).to(device)
+    model = torch.nn.Module.to(LlamaForCausalLM(LlamaConfig(**DRAFT_SHAPE)), device)
+    torch.nn.Module.to(target.requires_grad_(False), device)
 
     def loss_fn(ids: Tensor) -> Tensor:
         ids = ids.to(model.device)

@@ -10,7 +10,6 @@ from torch.fx import GraphModule
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
-from nwor_compile.passes import NworPass
 from nwor_compile.passes.nwor_pass import rewrite_module
 
 
@@ -31,6 +30,8 @@ def compile_options(config: NworConfig | None = None, **inductor_options: Any) -
             "compile_options: post_grad_custom_pre_pass is taken by NWOR's pass; call "
             "nwor_compile.passes.NworPass from yours instead"
         )
+    from nwor_compile.passes.inductor import NworPass  # slow to import
+
     return {**inductor_options, "post_grad_custom_pre_pass": NworPass(strict=config.strict)}
 
 

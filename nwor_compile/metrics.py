@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prometheus_client.core import GaugeMetricFamily, UnknownMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
 from nwor_compile.ops.counters import COUNTERS, FIXED
-
-if TYPE_CHECKING:
-    from nwor_compile.window import Window
+from nwor_compile.scv import WindowTensors
 
 
 class Metrics(BaseModel):
@@ -45,13 +43,27 @@ class Metrics(BaseModel):
     nwor_direct_bytes: int
 
 
-def read_metrics(window: Window) -> Metrics:
-    """Read the device counters of `window` (synchronises)."""
-    values = window.tensors.counters.tolist()
+class MetricsSource(Protocol):
+    """A `Window`, as far as the collector knows it."""
+
+    def metrics(self) -> Metrics:
+        """A snapshot."""
+        ...
+
+
+def read_metrics(
+    tensors: WindowTensors, *, row_bytes: int, fallbacks: int, vectorised: int
+) -> Metrics:
+    """Read a window's device counters (synchronises).
+
+    row_bytes: bytes of one token row, K and V of all layers. fallbacks, vectorised: what the host
+    counted.
+    """
+    values = tensors.counters.tolist()
     count = {name: values[index] for name, index in COUNTERS.items()}
-    drafted = values[FIXED : FIXED + window.max_drafts]
-    accepted = values[FIXED + window.max_drafts :]
-    staged, committed, row = count["staged"], count["committed"], window.row_bytes
+    positions = (len(values) - FIXED) // 2
+    drafted, accepted = values[FIXED : FIXED + positions], values[FIXED + positions :]
+    staged, committed, row = count["staged"], count["committed"], row_bytes
     return Metrics(
         nwor_windows=count["windows"],
         nwor_total_staged=staged,
@@ -63,10 +75,10 @@ def read_metrics(window: Window) -> Metrics:
         ],
         nwor_drafted_per_position=drafted,
         nwor_accepted_per_position=accepted,
-        nwor_fallback_count=window.fallbacks,
-        nwor_scv_vectorised=sum(window.validator.vectorised.values()),
+        nwor_fallback_count=fallbacks,
+        nwor_scv_vectorised=vectorised,
         nwor_error_windows=count["errors"],
-        nwor_unique_tokens=int(window.tensors.routing.num_drafts.sum().item()),
+        nwor_unique_tokens=int(tensors.routing.num_drafts.sum().item()),
         nwor_stage_operations=count["stage_operations"],
         nwor_certain_rows=count["certain"],
         nwor_cache_bytes=(count["certain"] + committed) * row,
@@ -84,8 +96,8 @@ class NworCollector(Collector):
     Register it with `prometheus_client.REGISTRY.register(NworCollector(window))`.
     """
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __init__(self, source: MetricsSource) -> None:
+        self.source = source
 
     def collect(self) -> Iterator[GaugeMetricFamily | UnknownMetricFamily]:
         """One family a field of `Metrics`, under exactly that name; lists have a `position` label.
@@ -94,7 +106,7 @@ class NworCollector(Collector):
         `nwor_total_staged_total`. So the counters are of type unknown: `rate()` works on them just
         the same, and the names are those in the log and in `Metrics`.
         """
-        for name, value in self.window.metrics().model_dump().items():
+        for name, value in self.source.metrics().model_dump().items():
             text = name.removeprefix("nwor_").replace("_", " ")
             family_type = GaugeMetricFamily if name in _GAUGES else UnknownMetricFamily
             if isinstance(value, list):

@@ -241,7 +241,12 @@ class Window:
 
     def metrics(self) -> Metrics:
         """The counters now. Synchronises with the device."""
-        return read_metrics(self)
+        return read_metrics(
+            self.tensors,
+            row_bytes=self.row_bytes,
+            fallbacks=self.fallbacks,
+            vectorised=sum(self.validator.vectorised.values()),
+        )
 
     def flush_log(self) -> None:
         """Print the debug lines of the last window, which otherwise wait for the next one.

@@ -6,9 +6,14 @@ if __name__ != "nwor_compile.passes":
         "`import nwor_compile.passes`."
     )
 
-from nwor_compile.passes.nwor_pass import NworPass, rewrite
+from typing import TYPE_CHECKING, Any
+
+from nwor_compile.passes.nwor_pass import rewrite
 from nwor_compile.passes.report import Decision, Report, VisibilityError, last_reports
 from nwor_compile.passes.table import CacheReader, CacheWrite, register_reader, register_write
+
+if TYPE_CHECKING:
+    from nwor_compile.passes.inductor import NworPass
 
 __all__ = [
     "CacheReader",
@@ -22,3 +27,12 @@ __all__ = [
     "register_write",
     "rewrite",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`NworPass`, imported when it is first asked for: see `passes/inductor.py`."""
+    if name == "NworPass":
+        from nwor_compile.passes.inductor import NworPass
+
+        return NworPass
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

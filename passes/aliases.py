@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Aliases:
     def __init__(self, graph: Graph) -> None:
         self._parent: dict[int, int] = {}
         self._memory: dict[Node, tuple[View, ...]] = {}
+        self._touched: dict[Node, list[View]] = {}
         self._views: dict[Node, bool] = {}
         attributes: dict[int, Node] = {}
         for node in graph.nodes:
@@ -87,11 +89,10 @@ class Aliases:
 
         A functionalized call passes whole bases through but touches only the views it describes.
         """
-        if not is_functionalized(node):
-            return [view for source in node.all_input_nodes for view in self.memory(source)]
-        given = pytree.tree_leaves(list(arguments(node).values()))
-        views = [v for leaf in given if isinstance(leaf, Node) for v in self.memory(leaf)]
-        return views + self.written(node)
+        found = self._touched.get(node)
+        if found is None:
+            found = self._touched[node] = self._find_touched(node)
+        return found
 
     def written(self, node: Node) -> list[View]:
         """The memory that a node writes, as far as its schema or name says so."""
@@ -122,7 +123,7 @@ class Aliases:
             found = self._views[node] = self._find_view(node)
         return found
 
-    def meet(self, ones: list[View], others: list[View]) -> bool:
+    def meet(self, ones: Sequence[View], others: Sequence[View]) -> bool:
         """True unless every view of one list provably shares nothing with the other list's."""
         return any(self.overlap(one, other) for one in ones for other in others)
 
@@ -162,9 +163,16 @@ class Aliases:
 
     def family(self, storage: int) -> int:
         """One number for all storages that are versions of one memory."""
-        while storage in self._parent:
-            storage = self._parent[storage]
-        return storage
+        first = storage
+        while first in self._parent:
+            first = self._parent[first]
+        while storage != first:  # the next call finds it in one step
+            self._parent[storage], storage = first, self._parent[storage]
+        return first
+
+    def families(self, views: Sequence[View]) -> set[int | None]:
+        """The families of some views; None stands for memory that could be any."""
+        return {None if v.storage is None else self.family(v.storage) for v in views}
 
     def _merge(self, one: Node, other: Node) -> None:
         for mine in tensor_views(value_of(one)):
@@ -184,6 +192,13 @@ class Aliases:
         version = new_version(node)
         sources = version[1] if version is not None else node.all_input_nodes
         return [view.anywhere() for source in sources for view in self.memory(source)]
+
+    def _find_touched(self, node: Node) -> list[View]:
+        if not is_functionalized(node):
+            return [view for source in node.all_input_nodes for view in self.memory(source)]
+        given = pytree.tree_leaves(list(arguments(node).values()))
+        views = [v for leaf in given if isinstance(leaf, Node) for v in self.memory(leaf)]
+        return views + self.written(node)
 
     def _find_view(self, node: Node) -> bool:
         value = value_of(node)

@@ -26,25 +26,21 @@ caller its own tensor back, without an output in the graph.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
-from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nwor_compile.passes.aliases import Aliases
 from nwor_compile.passes.calls import (
     ANYWHERE,
     View,
     arguments,
-    attribute,
     bases,
     callee,
     is_functionalized,
     mutated_views,
-    new_version,
-    overload_of,
     staged_arguments,
     view_of,
 )
@@ -56,11 +52,16 @@ from nwor_compile.passes.table import (
     misfit,
     op_name,
 )
+from nwor_compile.passes.touches import Touches
 
 
 @dataclass
 class Write:
-    """A cache write in the graph, the readers to redirect with it, or why it stays direct."""
+    """A cache write in the graph, the readers to redirect with it, or why it stays direct.
+
+    carriers, whole: for a functional write, the values that have its rows, and all memory of the
+    tensors that it makes new versions of.
+    """
 
     node: Node
     row: CacheWrite
@@ -68,20 +69,32 @@ class Write:
     value: View | None
     readers: list[tuple[Node, CacheReader]] = field(default_factory=list)
     reason: str = ""
+    carriers: set[Node] = field(default_factory=set)
+    whole: list[View] = field(default_factory=list)
 
     @property
     def op(self) -> str:
         """Name of the writing op."""
         return op_name(callee(self.node))
 
+    @property
+    def caches(self) -> list[View]:
+        """What it writes; memory that is not known could be any."""
+        return [view if view is not None else ANYWHERE for view in (self.key, self.value)]
+
 
 def judge(graph: Graph) -> list[Write]:
     """Find the cache writes of a graph and decide each; nothing is changed."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    aliases = Aliases(graph)
     writes = [write for node in graph.nodes if (write := _find(node)) is not None]
+    if not writes:
+        return []
+    touches = Touches(graph)
+    by_family: dict[int | None, list[Write]] = defaultdict(list)
     for write in writes:
-        write.reason = _refuse(write, writes, order, aliases)
+        for family in touches.aliases.families(write.caches):
+            by_family[family].append(write)
+    for write in writes:
+        write.reason = _refuse(write, by_family, touches)
         if write.reason:
             write.readers.clear()
     return writes
@@ -109,20 +122,25 @@ def _find(node: Node) -> Write | None:
     return Write(node, row, views.get(row.key_cache), views.get(row.value_cache))
 
 
-def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: Aliases) -> str:
+def _refuse(write: Write, by_family: dict[int | None, list[Write]], touches: Touches) -> str:
     """Why a write must stay direct; empty if it may be staged, with its readers filled in."""
     problem = misfit(write.row)
     if problem:
         return problem
     if write.key is None or write.value is None:
         return "its caches have no recorded shapes, so their aliases are unknown"
-    if not aliases.two_halves(write.key, write.value):
+    if not touches.aliases.two_halves(write.key, write.value):
         return "its key cache and its value cache may overlap"
-    for other in writes:
-        if other is not write and aliases.meet(_caches(write), _caches(other)):
-            return f"two writes to one cache: {other.node.name} writes it too"
-    for node in order:
-        problem = _touch(write, node, order, aliases) or _outdated(write, node, order, aliases)
+    problem = _rival(write, by_family, touches)
+    if problem:
+        return problem
+    if is_functionalized(write.node):
+        given = [n for n in pytree.tree_leaves(bases(write.node)) if isinstance(n, Node)]
+        memory = touches.aliases.memory
+        write.whole = [view.anywhere() for base in given for view in memory(base)]
+        write.carriers = touches.carriers(write.node, write.caches)
+    for node in touches.near(write.caches + write.whole):
+        problem = _touch(write, node, touches) or _outdated(write, node, touches)
         if problem:
             return problem
     if not write.readers:
@@ -130,43 +148,48 @@ def _refuse(write: Write, writes: list[Write], order: dict[Node, int], aliases: 
     return ""
 
 
-def _touch(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> str:
-    """Judge one node against a write; a reader that can be redirected is added to it."""
-    if node is write.node or node.op in ("placeholder", "get_attr") or aliases.is_view(node):
+def _rival(write: Write, by_family: dict[int | None, list[Write]], touches: Touches) -> str:
+    """Name the first other write that may write the same memory; empty if there is none."""
+    keys = touches.aliases.families(write.caches) | {None}
+    others = [other for key in keys for other in by_family.get(key, ()) if other is not write]
+    for other in sorted(others, key=lambda other: touches.order[other.node]):
+        if touches.aliases.meet(write.caches, other.caches):
+            return f"two writes to one cache: {other.node.name} writes it too"
+    return ""
+
+
+def _touch(write: Write, node: Node, touches: Touches) -> str:
+    """Judge one node near a write; a reader that can be redirected is added to the write."""
+    if node is write.node:
         return ""
-    if new_version(node) is not None or _is_write_back(node, aliases):
-        return ""
-    if node.op == "call_module" and order[node] > order[write.node] and _is_opaque(node):
+    aliases, order = touches.aliases, touches.order
+    if node in touches.opaque and order[node] > order[write.node]:
         return f"{node.name} calls module {node.target}, which may hold a cache of its own"
-    caches = _caches(write)
-    if not aliases.meet(caches, aliases.touched(node)):
+    if not aliases.meet(write.caches, aliases.touched(node)):
         return ""
     if isinstance(callee(node), HigherOrderOperator):
         return f"{node.name} ({callee(node)}) takes the cache into a subgraph"
-    if not _sees(write, node, order, aliases):
-        if aliases.meet(caches, aliases.written(node)):
+    if not _sees(write, node, touches):
+        if aliases.meet(write.caches, aliases.written(node)):
             return f"two writes to one cache: {node.name} writes it too"
         return _copied(node)
     row = find_reader(node.target)
     if row is None:
         return _unknown(node)
-    problem = _mismatch(write, node, row, aliases)
+    problem = _mismatch(write, node, row, touches)
     if not problem:
         write.readers.append((node, row))
     return problem
 
 
-def _outdated(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> str:
+def _outdated(write: Write, node: Node, touches: Touches) -> str:
     """Judge a node after a functional write by all memory of its bases, not by the caches alone."""
-    if not is_functionalized(write.node) or order[node] <= order[write.node]:
+    if not is_functionalized(write.node) or touches.order[node] <= touches.order[write.node]:
         return ""
-    if aliases.is_view(node) or new_version(node) is not None or _is_write_back(node, aliases):
-        return ""
-    given = [n for n in pytree.tree_leaves(bases(write.node)) if isinstance(n, Node)]
-    whole = [view.anywhere() for base in given for view in aliases.memory(base)]
     for source in node.all_input_nodes:
-        meets = aliases.meet(whole, list(aliases.memory(source)))
-        if meets and not _carries(source, write, aliases):
+        if source not in write.carriers and touches.aliases.meet(
+            write.whole, touches.aliases.memory(source)
+        ):
             return _copied(node)
     return ""
 
@@ -185,23 +208,23 @@ def _unknown(node: Node) -> str:
     return f"{node.name} ({name}) touches the cache after the write and does not read staging"
 
 
-def _mismatch(write: Write, node: Node, row: CacheReader, aliases: Aliases) -> str:
+def _mismatch(write: Write, node: Node, row: CacheReader, touches: Touches) -> str:
     """Why a known reader cannot be redirected with this write; empty if it can."""
     problem = misfit(row)
     if problem:
         return f"{node.name}: {problem}"
-    given = arguments(node)
+    aliases, given = touches.aliases, arguments(node)
     caches = (row.key_cache, row.value_cache)
     for name, written in zip(caches, (write.key, write.value), strict=True):
         argument = given.get(name)
         view = view_of(argument) if isinstance(argument, Node) else None
         if view is None or written is None or not aliases.same(view, written):
             return f"{node.name} reads {name} through another view than the write's"
-        if is_functionalized(write.node) and not _carries(argument, write, aliases):
+        if is_functionalized(write.node) and argument not in write.carriers:
             return f"{node.name} reads {name} as it was before the write"
     others = [v for name, v in given.items() if name not in caches]
     views = [view for v in others if isinstance(v, Node) for view in aliases.memory(v)]
-    if aliases.meet(_caches(write), views):
+    if aliases.meet(write.caches, views):
         return f"{node.name} also takes the cache as another argument"
     stored = staged_arguments(write.node, write.row).get("kv_cache_dtype")
     if staged_arguments(node, row).get("kv_cache_dtype") != stored:
@@ -209,69 +232,15 @@ def _mismatch(write: Write, node: Node, row: CacheReader, aliases: Aliases) -> s
     return ""
 
 
-def _caches(write: Write) -> list[View]:
-    return [view if view is not None else ANYWHERE for view in (write.key, write.value)]
-
-
-def _sees(write: Write, node: Node, order: dict[Node, int], aliases: Aliases) -> bool:
+def _sees(write: Write, node: Node, touches: Touches) -> bool:
     """True if a node comes after the write: in order, and for a functional write by data flow."""
+    order = touches.order
     if order[node] < order[write.node]:
         return False
     if not is_functionalized(write.node):
         return True
-    if any(_carries(source, write, aliases) for source in node.all_input_nodes):
+    if any(source in write.carriers for source in node.all_input_nodes):
         return True
     # What was copied back into the graph's input is seen through that input, too.
-    return any(
-        _is_write_back(other, aliases) and _carries(other, write, aliases)
-        for other, index in order.items()
-        if order[write.node] < index < order[node] and other.op == "call_function"
-    )
-
-
-def _carries(node: object, write: Write, aliases: Aliases) -> bool:
-    """True if a value is (a view of) a version that the functional write made, or a later one."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or not isinstance(current, Node):
-            continue
-        seen.add(current)
-        version = new_version(current)
-        if version is not None:
-            call, candidates = version
-            if call is write.node:
-                return True
-            pending.extend(candidates)
-        elif _is_write_back(current, aliases):
-            pending.append(current.args[1])
-        elif _reinterprets(current, write, aliases):
-            pending.extend(current.all_input_nodes)
-    return False
-
-
-def _reinterprets(node: Node, write: Write, aliases: Aliases) -> bool:
-    """True if a node's value lies in the family of the write's memory, so that it aliases it."""
-    family = {aliases.family(v.storage) for v in _caches(write) if v.storage is not None}
-    views = aliases.memory(node)
-    return any(v.storage is None or aliases.family(v.storage) in family for v in views)
-
-
-def _is_opaque(node: Node) -> bool:
-    """True for a module call that may read more than its arguments and torch.nn's own weights."""
-    module = attribute(node)
-    if not isinstance(module, Module):
-        return True
-    return any(not type(m).__module__.startswith("torch.nn.modules.") for m in module.modules())
-
-
-def _is_write_back(node: Node, aliases: Aliases) -> bool:
-    """Functionalization's epilogue: the last version of an input is copied back into it."""
-    op = overload_of(node.target) if node.op == "call_function" else None
-    if op is None or op.name() != "aten::copy_":
-        return False
-    target, source = node.args[:2]
-    if not isinstance(target, Node) or not isinstance(source, Node) or target.op != "placeholder":
-        return False
-    one, other = view_of(target), view_of(source)
-    return one is not None and other is not None and aliases.same(one, other)
+    copied = write.carriers & touches.write_backs
+    return any(order[write.node] < order[other] < order[node] for other in copied)

@@ -41,7 +41,8 @@ def test_help_imports_neither_demo_nor_doctor_nor_benchmarks() -> None:
         "    app(['doctor', '--help'])\n"
         "except SystemExit as end:\n"
         "    assert not end.code\n"
-        "heavy = ('nwor_compile.demo', 'nwor_compile.doctor', 'nwor_compile.bench', 'matplotlib')\n"
+        "heavy = ('nwor_compile.demo', 'nwor_compile.doctor', 'nwor_compile.bench', 'matplotlib',\n"
+        "         'torch._dynamo', 'torch._inductor')\n"
         "loaded = [m for m in sys.modules if m.startswith(heavy)]\n"
         "assert not loaded, loaded\n"
     )

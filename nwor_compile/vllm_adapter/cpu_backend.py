@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -22,6 +26,12 @@ from nwor_compile.ops.staging import LayerStaging
 def use() -> None:
     """Make vLLM's CPU_ATTN mean this backend, in this process."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{NworCPUBackend.__qualname__}")
+
+
+def forget() -> None:
+    """Give CPU_ATTN back: a later engine in this process may run without NWOR."""
+    if AttentionBackendEnum.CPU_ATTN.get_path().startswith(__name__):
+        AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
 def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +87,11 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         if self.alibi_slopes is not None or self.sinks is not None:
             raise NotImplementedError(
                 "NWOR's CPU attention has no ALiBi and no sinks: unset the nwor flag for this model"
+            )
+        if self.attn_type != AttentionType.DECODER:
+            raise NotImplementedError(
+                f"NWOR's CPU attention is for decoders, this layer is {self.attn_type}: unset the "
+                "nwor flag for this model"
             )
 
     def forward(

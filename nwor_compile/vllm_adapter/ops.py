@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
+from nwor_compile.errors import ConfigError
 from nwor_compile.ops.staging import LayerStaging
 
 _library = torch.library.Library("nwor", "FRAGMENT")
@@ -91,3 +92,24 @@ direct_register_custom_op(
     op_name="vllm_verify", op_func=_verify, mutates_args=["output", "output_block_scale"],
     fake_impl=_verify_fake, target_lib=_library,
 )  # fmt: skip
+
+
+def check_twins() -> None:
+    """Raise ConfigError unless each twin takes exactly what vLLM's op takes; see NOTE [contract]."""
+    pairs = (
+        ("unified_kv_cache_update", "vllm_stage"),
+        ("unified_attention_with_output", "vllm_verify"),
+    )
+    for name, twin in pairs:
+        theirs, ours = (
+            str(getattr(namespace, op).default._schema).partition("(")[2]
+            for namespace, op in ((torch.ops.vllm, name), (torch.ops.nwor, twin))
+        )
+        if theirs != ours:
+            raise ConfigError(
+                f"vllm::{name} has another schema than this adapter's twin: ({theirs} against "
+                f"({ours}; this vLLM is not supported"
+            )
+
+
+check_twins()

@@ -1,8 +1,8 @@
 """The `vllm.general_plugins` entry point: one hook on the configuration, nothing else.
 
 vLLM calls `register` in every process. It wraps `EngineArgs.create_engine_config`; only when the
-flag is set does the wrapper change the configuration it returns: the graph pass, the attention
-backend on CPU, and the worker class. The configuration travels to the workers, so they need no
+flag is set does the wrapper change the configuration it returns: the graph pass and the worker
+class, which brings the attention backend along. The configuration travels to the workers, so they need no
 hook of their own.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import Any
 
 log = logging.getLogger("nwor_compile")
@@ -30,6 +31,7 @@ def register() -> None:
         from nwor_compile.vllm_adapter.configure import configure
 
         _announce_variables()
+        _forget_backend()
         return configure(create(self, *args, **kwargs))
 
     setattr(create_engine_config, _WRAPPED, True)
@@ -44,6 +46,13 @@ def _announce_variables() -> None:
 
     for variable in ENVIRONMENT.values():
         envs.environment_variables.setdefault(variable, functools.partial(_read, variable))
+
+
+def _forget_backend() -> None:
+    """An earlier engine of this process may have replaced CPU_ATTN; this one may not want that."""
+    backend = sys.modules.get("nwor_compile.vllm_adapter.cpu_backend")
+    if backend is not None:
+        backend.forget()
 
 
 def _read(variable: str) -> str | None:

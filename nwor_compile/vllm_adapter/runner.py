@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
+from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter import ops
 from nwor_compile.vllm_adapter.cpu_backend import is_packed, split_cache
-from nwor_compile.vllm_adapter.settings import requested
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
@@ -34,20 +34,18 @@ HOOKED = ("initialize_kv_cache", "_calc_spec_decode_metadata", "_model_forward",
 class RunnerHooks:
     """Wraps a runner's methods; owns its window."""
 
-    def __init__(self, runner: Any, config: Any) -> None:
+    def __init__(self, runner: Any, config: Any, settings: NworConfig) -> None:
         missing = [name for name in HOOKED if not hasattr(runner, name)]
         if missing:
             raise ConfigError(
                 f"NWOR does not know this model runner ({type(runner).__name__}): it has no "
                 f"{', '.join(missing)}. Supported: vLLM's V1 runner, 0.26 to 0.33"
             )
-        settings = requested(config.additional_config)
-        if settings is None:
-            raise ConfigError("the NWOR worker was named, but the nwor flag is not set")
         self.runner, self.config, self.settings = runner, config, settings
         self.window: Window | None = None
         self._target: set[str] | None = None
         self._metadata: Any = None
+        self._calls_before = ops.executions()["calls"]
         if hasattr(runner, "drafter") and hasattr(runner.drafter, "load_model"):
             self._wrap(runner.drafter, "load_model", self._load_drafter)
         for name, hook in (
@@ -69,14 +67,29 @@ class RunnerHooks:
             return {}
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
-    def check_executed(self) -> None:
-        """Raise ConfigError if the model ran and no staged write did: then nothing was rewritten."""
-        if ops.executions()["calls"] == 0:
-            raise ConfigError(
-                "NWOR is on, but no staged write ran in warm-up: the graph was not rewritten (eager "
-                "mode, another attention backend, or a fusion that swallowed the cache write). "
-                "Compile the model, or unset the nwor flag"
+    def warmed_up(self) -> None:
+        """After the engine's warm-up: raise ConfigError if no staged write ran in it.
+
+        Judged by executions, not by what the pass rewrote: on a warm compile cache no pass runs.
+        """
+        if ops.executions()["calls"] == self._calls_before:
+            self._refuse(
+                "no staged write ran in warm-up: the graph was not rewritten (eager mode, another "
+                "attention backend, or a fusion that swallowed the cache write). Compile the "
+                "model, or unset the nwor flag"
             )
+        if self.window is not None:
+            self.window.warm_up()
+
+    def _refuse(self, reason: str) -> None:
+        """Raise ConfigError, or with `"strict": false` run direct from here on."""
+        if self.settings.strict:
+            raise ConfigError(f"NWOR cannot stage: {reason}")
+        log.error("NWOR cannot stage: %s. It runs direct.", reason)
+        ops.set_layers({})
+        if self.window is not None:
+            self.window.close()
+            self.window = None
 
     def _load_drafter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._target = set(self.config.compilation_config.static_forward_context)
@@ -94,22 +107,10 @@ class RunnerHooks:
     def _open(self, kv_cache_config: Any) -> None:
         if self.window is not None:
             self.window.close()
-        context = self.config.compilation_config.static_forward_context
-        layers: dict[str, tuple[Tensor, Tensor]] = {}
-        groups: dict[str, str] = {}
-        for index, group in enumerate(kv_cache_config.kv_cache_groups):
-            for name in group.layer_names:
-                layer = context[name]
-                drafters = self._target is not None and name not in self._target
-                shared = getattr(layer, "kv_sharing_target_layer_name", None)
-                if drafters or shared is not None:
-                    continue
-                if not hasattr(layer.impl, "stage_kv") or not is_packed(layer.kv_cache):
-                    raise ConfigError(
-                        f"layer {name}: {type(layer.impl).__name__} cannot read staged rows"
-                    )
-                layers[name] = split_cache(layer.kv_cache)
-                groups[name] = str(index)
+            self.window = None
+        layers, groups, problem = self._target_layers(kv_cache_config)
+        if problem:
+            return self._refuse(problem)
         scheduler = self.config.scheduler_config
         self.window = Window(
             layers,
@@ -121,6 +122,29 @@ class RunnerHooks:
             groups=groups,
         )
         ops.set_layers(self.window.layers)
+
+    def _target_layers(
+        self, kv_cache_config: Any
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str], str]:
+        """Caches and slot groups of the target's layers by name, and what prevents staging."""
+        context = self.config.compilation_config.static_forward_context
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        groups: dict[str, str] = {}
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in group.layer_names:
+                layer = context[name]
+                drafters = self._target is not None and name not in self._target
+                shared = getattr(layer, "kv_sharing_target_layer_name", None)
+                if drafters and shared in (self._target or ()):
+                    return {}, {}, f"the drafter's layer {name} reads the target's cache ({shared})"
+                if drafters or shared is not None:
+                    continue
+                impl = getattr(layer, "impl", layer)
+                if not hasattr(impl, "stage_kv") or not is_packed(layer.kv_cache):
+                    return {}, {}, f"layer {name}: {type(impl).__name__} cannot read staged rows"
+                layers[name] = split_cache(layer.kv_cache)
+                groups[name] = str(index)
+        return layers, groups, "" if layers else "the target has no attention layers"
 
     def _calc_metadata(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._metadata = original(*args, **kwargs)
@@ -161,7 +185,10 @@ class RunnerHooks:
             window.abort()
             raise
         sampled = output.sampled_token_ids
-        done = window.commit(sampled, spec_decode_metadata.draft_token_ids)
+        # As wide as the step's longest draft; the window expects room for the most drafts.
+        missing = max(0, window.max_drafts + 1 - sampled.shape[1])
+        padded = torch.nn.functional.pad(sampled, (0, missing), value=-1)
+        done = window.commit(padded, spec_decode_metadata.draft_token_ids)
         # With the error flag up nothing was committed: emit the first sampled token alone.
         column = torch.arange(sampled.shape[1], device=sampled.device)
         drop = (done.error != 0) & (column > 0)

@@ -19,7 +19,7 @@ def requested(additional_config: Any) -> NworConfig | None:
     that cannot stage is refused at start.
     """
     given = additional_config.get(FIELD) if isinstance(additional_config, dict) else None
-    if given is None and not os.environ.get(ENVIRONMENT["mode"]):
+    if given is None and not os.environ.get(ENVIRONMENT["mode"], "").strip():
         return None
     if given is not None and not isinstance(given, dict):
         raise ConfigError(
@@ -28,7 +28,7 @@ def requested(additional_config: Any) -> NworConfig | None:
         )
     settings = dict(given or {})
     for name, variable in ENVIRONMENT.items():
-        from_environment = os.environ.get(variable, "").lower()
+        from_environment = os.environ.get(variable, "").strip().lower()
         if name in settings and from_environment and not _same(settings[name], from_environment):
             raise ConfigError(
                 f"conflicting switches: additional_config[{FIELD!r}][{name!r}] is "

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nwor_compile.ops.kernels.fp8 import decode_fp8, round_bf16
 from nwor_compile.ops.kernels.launch import (
@@ -54,24 +55,45 @@ def _find_request(query_start_loc, s_start, requests, tile, PER: tl.constexpr, R
 
 
 @triton.jit
-def _rows(
-    cache, staged, block, offset, row, in_cache, in_tail, d, real_d,
-    s_block, s_offset, s_outer, s_inner, s_row, s_d,
-    D: tl.constexpr, X: tl.constexpr, TAIL: tl.constexpr, ALIKE: tl.constexpr,
-):  # fmt: skip
-    """A tile `[N, D]` of K or V: each row from its slot of the cache, or from staging."""
-    cache_row = cache + (block * s_block + offset * s_offset)
-    if not TAIL:
-        place = cache_row[:, None] + element_offset(d, s_outer, s_inner, D, X)[None, :]
-    elif ALIKE:
-        # One pointer a row to choose, not one an element.
-        chosen = tl.where(in_tail, staged + row * s_row, cache_row)
-        place = chosen[:, None] + element_offset(d, s_outer, s_inner, D, X)[None, :]
+def _tile_blocks(table, s_column, tile, width, last, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The cache block of each position of a KV tile; 0 past the `width` of the table.
+
+    Entries past the request's length may be garbage. Their rows are not loaded, and the clamp keeps
+    a corrupt entry inside the cache.
+    """
+    if N % BLOCK_SIZE == 0:
+        column = tile * (N // BLOCK_SIZE) + tl.arange(0, N) // BLOCK_SIZE
     else:
-        place = cache_row[:, None] + element_offset(d, s_outer, s_inner, D, X)[None, :]
-        staged_place = (staged + row * s_row)[:, None] + (d.to(tl.int64) * s_d)[None, :]
-        place = tl.where(in_tail[:, None], staged_place, place)
-    return tl.load(place, mask=(in_cache | in_tail)[:, None] & real_d[None, :], other=0)
+        column = (tile * N + tl.arange(0, N)) // BLOCK_SIZE
+    block = tl.load(table + column * s_column, mask=column < width, other=0)
+    return tl.minimum(tl.maximum(block, 0), last).to(tl.int32)
+
+
+@triton.jit
+def _cache_rows(
+    cache, block, p, element, s_block, s_offset,
+    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the cache rows `[N, D]` at positions `p`, which start a KV tile."""
+    # Whole blocks: the place in a block is the same for every tile, so it leaves the loop.
+    offset = tl.arange(0, N) % BLOCK_SIZE if N % BLOCK_SIZE == 0 else p % BLOCK_SIZE
+    if WIDE:
+        row = block.to(tl.int64) * s_block + offset.to(tl.int64) * s_offset
+    else:
+        row = block * s_block + offset * s_offset
+        element = element.to(tl.int32)
+    return cache + (row[:, None] + element[None, :])
+
+
+@triton.jit
+def _choose_rows(
+    cache, staged, in_tail, row, d, s_row, s_d, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The pointers `cache`, or for rows in the tail those of their staging row."""
+    if not TAIL:
+        return cache
+    place = (staged + row * s_row)[:, None] + (d.to(tl.int64) * s_d)[None, :]
+    return tl.where(in_tail[:, None], place, cache)
 
 
 @triton.jit
@@ -83,6 +105,28 @@ def _operand(rows, FP8: tl.constexpr, like: tl.constexpr):
 
 
 @triton.jit
+def _attend(
+    q, k, v, seen, scale, softcap, best, total, acc,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """One step of the softmax over a KV tile. Masking nothing gives the bits of no mask."""
+    score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1); core Triton has no tanh.
+        score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (score / softcap)) + 1.0)) * _LOG2E
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score, axis=1))
+    # A row that has seen nothing keeps -inf; subtract 0 there, or -inf - -inf is NaN.
+    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
+    shrink = tl.exp2(best - finite)
+    weight = tl.exp2(score - finite[:, None])
+    total = total * shrink + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
+    return new_best, total, acc
+
+
+@triton.jit
 def _store_out(out, acc, mask, EXACT_BF16: tl.constexpr):
     if EXACT_BF16:
         tl.store(out, round_bf16(acc), mask=mask)
@@ -91,7 +135,9 @@ def _store_out(out, acc, mask, EXACT_BF16: tl.constexpr):
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
-@triton.jit(do_not_specialize=["tokens", "requests"])
+@triton.jit(
+    do_not_specialize=["tokens", "requests", "table_width", "blocks", "staging_rows", "s_table"]
+)
 def _attention_kernel(
     query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
     query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max, part_sum,
@@ -104,15 +150,18 @@ def _attention_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     X: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, TAIL: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr,
     UPCAST: tl.constexpr, EXACT_BF16: tl.constexpr,
-    K_ALIKE: tl.constexpr, V_ALIKE: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, h, s): query tile i, KV head h, share s of the KV tiles."""
     PER: tl.constexpr = M // GROUP  # tokens of a tile
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    if PDL:
+        gdc_launch_dependents()  # the merge may start up, and waits for the end of this kernel
     request = _find_request(query_start_loc, s_start, requests, tile, PER, R)
     owned = request < requests  # else these tokens are padding
     start = tl.load(query_start_loc + request * s_start).to(tl.int32)
@@ -138,16 +187,21 @@ def _attention_kernel(
     position = tl.where(real & owned, length - end + token, -1)
 
     # The KV tiles that some token of the tile sees, and this program's share of them.
+    first_position = length - end + first_token
     high = tl.minimum(length - end + tl.minimum(first_token + PER, end), length)
     high = tl.where(owned & (first_token < end), high, 0)
     high = tl.minimum(high, table_width * BLOCK_SIZE)
-    low = 0
+    first_seen = 0
     if WINDOW > 0:
-        low = tl.maximum(length - end + first_token - WINDOW + 1, 0) // N
+        first_seen = tl.maximum(first_position - WINDOW + 1, 0)
+    low = first_seen // N
     high_tile = (tl.maximum(high, 0) + N - 1) // N
-    share = (tl.maximum(high_tile - low, 0) + SPLITS - 1) // SPLITS
+    share = (tl.maximum(high_tile - low, 0) + splits - 1) // splits
     from_tile = low + split * share
     to_tile = tl.minimum(from_tile + share, high_tile)
+    # Of them, the tiles that lie in the cache and that every token sees to their last row.
+    whole_tile = tl.maximum(tl.minimum(length - drafts, first_position + 1), 0) // N
+    whole_tile = tl.minimum(tl.maximum(whole_tile, from_tile), to_tile)
 
     q_place = query + (token.to(tl.int64) * s_token + head * s_head)[:, None]
     keep = real[:, None] & real_d[None, :]
@@ -158,6 +212,8 @@ def _attention_kernel(
     scale = score_scale
     if K_SCALED:
         scale = scale * tl.load(k_scale + kv_head * s_k_scale)
+    if not SOFTCAP:
+        scale = scale * _LOG2E  # exp2 is the faster one
 
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -166,58 +222,62 @@ def _attention_kernel(
     value_base = value_cache + kv_head * vc_head
     staged_key_base = staged_key + kv_head * sk_head
     staged_value_base = staged_value + kv_head * sv_head
+    key_element = element_offset(d, kc_outer, kc_inner, D, X)
+    value_element = element_offset(d, 0, vc_inner, D, D)
     table = block_table + request.to(tl.int64) * s_table
-    for kv_tile in range(from_tile, to_tile):
+    width = tl.where(from_tile < to_tile, table_width, 0)
+    # Loaded one tile ahead: a row's address must not wait for its block.
+    block = _tile_blocks(table, s_column, from_tile, width, blocks - 1, N, BLOCK_SIZE)
+    for kv_tile in range(from_tile, whole_tile):
         p = kv_tile * N + tl.arange(0, N)
-        wanted = p < high
-        if TAIL:
-            draft = p - (length - drafts)
-            in_tail = wanted & (draft >= 0) & (draft < drafts)
-            row = tl.minimum(tl.maximum(tail + draft, 0), staging_rows - 1)
+        wanted = real_d[None, :]
+        seen = wanted
+        if WINDOW > 0:
+            wanted &= (p >= first_seen)[:, None]
+            seen = p[None, :] > position[:, None] - WINDOW
+        k_rows = _cache_rows(
+            key_base, block, p, key_element, kc_block, kc_offset, N, BLOCK_SIZE, WIDE
+        )
+        v_rows = _cache_rows(
+            value_base, block, p, value_element, vc_block, vc_offset, N, BLOCK_SIZE, WIDE
+        )
+        if D == D_PAD and WINDOW == 0:
+            k, v = tl.load(k_rows), tl.load(v_rows)
         else:
-            in_tail = p < 0
-            row = p.to(tl.int64)
-        in_cache = wanted & (in_tail == 0)
-        # Entries past the request's length may be garbage: not loaded. The clamp keeps a corrupt
-        # entry inside the cache.
-        column = p // BLOCK_SIZE
-        block = tl.load(table + column * s_column, mask=in_cache, other=0).to(tl.int64)
-        block = tl.minimum(tl.maximum(block, 0), blocks - 1)
-        offset = (p % BLOCK_SIZE).to(tl.int64)
-        k = _rows(
-            key_base, staged_key_base, block, offset, row, in_cache, in_tail, d, real_d,
-            kc_block, kc_offset, kc_outer, kc_inner, sk_row, sk_d, D, X, TAIL, K_ALIKE,
+            k, v = tl.load(k_rows, mask=wanted, other=0), tl.load(v_rows, mask=wanted, other=0)
+        block = _tile_blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
+        best, total, acc = _attend(
+            q, _operand(k, FP8, operand), _operand(v, FP8, operand), seen, scale, softcap,
+            best, total, acc, WINDOW > 0, SOFTCAP, precision,
         )  # fmt: skip
-        v = _rows(
-            value_base, staged_value_base, block, offset, row, in_cache, in_tail, d, real_d,
-            vc_block, vc_offset, 0, vc_inner, sv_row, sv_d, D, D, TAIL, V_ALIKE,
-        )  # fmt: skip
-        k = _operand(k, FP8, operand)
-        v = _operand(v, FP8, operand)
-
-        score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
-        if SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1); core Triton has no tanh.
-            score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (score / softcap)) + 1.0))
-        seen = p[None, :] <= position[:, None]
-        seen &= wanted[None, :]
+    for kv_tile in tl.range(whole_tile, to_tile, num_stages=1):
+        p = kv_tile * N + tl.arange(0, N)
+        draft = p - (length - drafts)
+        in_tail = (draft >= 0) & (draft < drafts)
+        row = tl.minimum(tl.maximum(tail + draft, 0), staging_rows - 1)
+        wanted = ((p < high) & (p >= first_seen))[:, None] & real_d[None, :]
+        seen = (p[None, :] <= position[:, None]) & (p < high)[None, :]
         if WINDOW > 0:
             seen &= p[None, :] > position[:, None] - WINDOW
-        score = tl.where(seen, score * _LOG2E, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, axis=1))
-        # A row that has seen nothing keeps -inf; subtract 0 there, or -inf - -inf is NaN.
-        finite = tl.where(new_best == float("-inf"), 0.0, new_best)
-        shrink = tl.exp2(best - finite)
-        weight = tl.exp2(score - finite[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weight.to(operand), v, acc, input_precision=precision)
-        best = new_best
+        k_rows = _cache_rows(
+            key_base, block, p, key_element, kc_block, kc_offset, N, BLOCK_SIZE, WIDE
+        )
+        v_rows = _cache_rows(
+            value_base, block, p, value_element, vc_block, vc_offset, N, BLOCK_SIZE, WIDE
+        )
+        k_rows = _choose_rows(k_rows, staged_key_base, in_tail, row, d, sk_row, sk_d, TAIL)
+        v_rows = _choose_rows(v_rows, staged_value_base, in_tail, row, d, sv_row, sv_d, TAIL)
+        k, v = tl.load(k_rows, mask=wanted, other=0), tl.load(v_rows, mask=wanted, other=0)
+        block = _tile_blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
+        best, total, acc = _attend(
+            q, _operand(k, FP8, operand), _operand(v, FP8, operand), seen, scale, softcap,
+            best, total, acc, True, SOFTCAP, precision,
+        )  # fmt: skip
 
     if V_SCALED:
         acc = acc * tl.load(v_scale + kv_head * s_v_scale)
     line = token.to(tl.int64) * HEADS + head
-    if SPLITS == 1:
+    if not SPLIT:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         _store_out(out + line[:, None] * D + d[None, :], acc, keep, EXACT_BF16)
     else:
@@ -228,32 +288,32 @@ def _attention_kernel(
             tl.store(part + partial[:, None] * D + d[None, :], acc, mask=keep)
 
 
-@triton.jit(do_not_specialize=["lines"])
+@triton.jit(do_not_specialize=["lines", "splits"])
 def _merge_kernel(
-    out, part, part_max, part_sum, lines,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr, S_PAD: tl.constexpr,
-    EXACT_BF16: tl.constexpr,
+    out, part, part_max, part_sum, lines, splits,
+    D: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr, EXACT_BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i: line i (token x head) of the output from the shares of its KV positions."""
     line = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, S_PAD)
     d = tl.arange(0, D_PAD)
     partial = s.to(tl.int64) * lines + line
-    real = s < SPLITS
+    real = s < splits
+    if PDL:
+        gdc_wait()
     best = tl.load(part_max + partial, mask=real, other=float("-inf"))
+    sums = tl.load(part_sum + partial, mask=real, other=0.0)
+    rows = tl.load(
+        part + partial[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+    )
     top = tl.max(best, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
     # Shares that saw nothing wrote no `part`. NaN counts as seen, so that it comes out.
-    sums = tl.load(part_sum + partial, mask=real, other=0.0)
     used = sums != 0.0
     weight = tl.where(used, tl.exp2(best - top), 0.0)
     total = tl.sum(weight * sums, axis=0)
-    rows = tl.load(
-        part + partial[:, None] * D + d[None, :],
-        mask=used[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    acc = tl.sum(rows * weight[:, None], axis=0)
+    acc = tl.sum(tl.where(used[:, None], rows, 0.0) * weight[:, None], axis=0)
     acc = acc / tl.where(total == 0.0, 1.0, total)
     _store_out(out + line * D + d, acc, d < D, EXACT_BF16)
 
@@ -266,6 +326,7 @@ class Plan(NamedTuple):
     splits: int
     warps: int
     stages: int
+    merge_warps: int
 
 
 @functools.cache
@@ -274,6 +335,20 @@ def _processors(index: int | None) -> int:
     if index is None:
         return 4
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _has_pdl(index: int | None) -> bool:
+    """Whether a kernel can start up while the one before it runs (programmatic dependent launch)."""
+    if index is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def _is_wide(cache: Tensor) -> bool:
+    """Whether offsets of elements need 64 bits."""
+    last = sum((n - 1) * stride for n, stride in zip(cache.shape, cache.stride(), strict=True))
+    return last >= 2**31
 
 
 def plan(
@@ -294,7 +369,7 @@ def plan(
     n = 32 if pad > 128 or itemsize == 4 else 128 if wide else 64
     # Two programs a multiprocessor fill the device; a share is at least one KV tile.
     splits = max(1, min(2 * processors // programs, triton.cdiv(context, n), 64))
-    return Plan(m, n, splits, 8 if m * pad > 8192 else 4, 2)
+    return Plan(m, n, splits, 8 if m * pad > 8192 else 4, 3, 1)
 
 
 def verify_attention(
@@ -350,6 +425,8 @@ def verify_attention(
         part_max = torch.empty(lines, dtype=torch.float32, device=query.device)
         part_sum = torch.empty(lines, dtype=torch.float32, device=query.device)
     padded = triton.next_power_of_2(size)
+    pdl = p.splits > 1 and _has_pdl(query.device.index)
+    launch = {"launch_pdl": True} if pdl else {}
     with on_device(query):
         _attention_kernel[(tokens // (p.m // group) + requests + 1, kv_heads, p.splits)](
             query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
@@ -365,19 +442,17 @@ def verify_attention(
             HEADS=heads, GROUP=group, D=size, D_PAD=padded, X=k_strides.x, BLOCK_SIZE=block_size,
             WINDOW=sliding_window, SOFTCAP=softcap > 0, FP8=fp8,
             K_SCALED=fp8 > 0 and k_scale is not None, V_SCALED=fp8 > 0 and v_scale is not None,
-            TAIL=tail, M=p.m, N=p.n, SPLITS=p.splits,
-            R=min(1024, triton.next_power_of_2(requests + 1)),
+            TAIL=tail, M=p.m, N=p.n, SPLIT=p.splits > 1,
+            R=128 if requests < 128 else 1024,
             UPCAST=upcast, EXACT_BF16=exact_bf16,
-            # Elements of a row lie alike in cache and staging.
-            K_ALIKE=k_strides.x == size and k_strides.inner == staged_strides[2],
-            V_ALIKE=v_strides.inner == staged_strides[5],
-            num_warps=p.warps, num_stages=p.stages,
+            WIDE=_is_wide(key_cache) or _is_wide(value_cache), PDL=pdl,
+            num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=False,
         )  # fmt: skip
         if p.splits > 1:
             _merge_kernel[(tokens * heads,)](
-                out, part, part_max, part_sum, tokens * heads,
-                D=size, D_PAD=padded, SPLITS=p.splits,
-                S_PAD=triton.next_power_of_2(p.splits), EXACT_BF16=exact_bf16,
+                out, part, part_max, part_sum, tokens * heads, p.splits,
+                D=size, D_PAD=padded, S_PAD=triton.next_power_of_2(p.splits),
+                EXACT_BF16=exact_bf16, PDL=pdl, num_warps=p.merge_warps, **launch,
             )  # fmt: skip
     return out
 
