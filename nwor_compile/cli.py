@@ -109,5 +109,15 @@ def bench_core(
         json.write_text(record.model_dump_json(indent=2) + "\n")
 
 
+@bench.command("engine", add_help_option=False, context_settings=_PASS_THROUGH)
+def bench_engine_command(ctx: typer.Context) -> None:
+    """In vLLM: every NWOR x SCV mode of one model, side by side."""
+    from nwor_compile.bench.engine import bench_engine
+
+    inner = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    inner.command()(bench_engine)
+    inner(args=list(ctx.args), prog_name="nwor bench engine")
+
+
 if __name__ == "__main__":
     app()

@@ -59,7 +59,19 @@ def read_metrics(
     row_bytes: bytes of one token row, K and V of all layers. fallbacks, vectorised: what the host
     counted.
     """
-    values = tensors.counters.tolist()
+    return metrics_of(
+        tensors.counters.tolist(),
+        row_bytes=row_bytes,
+        fallbacks=fallbacks,
+        vectorised=vectorised,
+        unique_tokens=int(tensors.routing.num_drafts.sum().item()),
+    )
+
+
+def metrics_of(
+    values: list[int], *, row_bytes: int, fallbacks: int, vectorised: int, unique_tokens: int
+) -> Metrics:
+    """The metrics that a copy of a window's counter vector stands for."""
     count = {name: values[index] for name, index in COUNTERS.items()}
     positions = (len(values) - FIXED) // 2
     drafted, accepted = values[FIXED : FIXED + positions], values[FIXED + positions :]
@@ -78,7 +90,7 @@ def read_metrics(
         nwor_fallback_count=fallbacks,
         nwor_scv_vectorised=vectorised,
         nwor_error_windows=count["errors"],
-        nwor_unique_tokens=int(tensors.routing.num_drafts.sum().item()),
+        nwor_unique_tokens=unique_tokens,
         nwor_stage_operations=count["stage_operations"],
         nwor_certain_rows=count["certain"],
         nwor_cache_bytes=(count["certain"] + committed) * row,
@@ -87,7 +99,7 @@ def read_metrics(
     )
 
 
-_GAUGES = ("nwor_acceptance_rate", "nwor_acceptance_rate_per_position", "nwor_unique_tokens")
+GAUGES = ("nwor_acceptance_rate", "nwor_acceptance_rate_per_position", "nwor_unique_tokens")
 
 
 class NworCollector(Collector):
@@ -108,7 +120,7 @@ class NworCollector(Collector):
         """
         for name, value in self.source.metrics().model_dump().items():
             text = name.removeprefix("nwor_").replace("_", " ")
-            family_type = GaugeMetricFamily if name in _GAUGES else UnknownMetricFamily
+            family_type = GaugeMetricFamily if name in GAUGES else UnknownMetricFamily
             if isinstance(value, list):
                 family = family_type(name, text, labels=["position"])
                 for position, amount in enumerate(value):

@@ -17,19 +17,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
 
 from nwor_compile.passes.calls import (
     ANYWHERE,
     MISSING,
     View,
-    arguments,
     attribute,
-    bases,
-    callee,
     is_functionalized,
     mutated_names,
-    mutated_views,
     new_version,
     overload_of,
     tensor_views,
@@ -64,7 +59,6 @@ class Aliases:
     def __init__(self, graph: Graph) -> None:
         self._parent: dict[int, int] = {}
         self._memory: dict[Node, tuple[View, ...]] = {}
-        self._touched: dict[Node, list[View]] = {}
         self._views: dict[Node, bool] = {}
         attributes: dict[int, Node] = {}
         for node in graph.nodes:
@@ -83,37 +77,6 @@ class Aliases:
         if found is None:
             found = self._memory[node] = tuple(self._find_memory(node))
         return found
-
-    def touched(self, node: Node) -> list[View]:
-        """The memory that a node may read or write: its tensor arguments.
-
-        A functionalized call passes whole bases through but touches only the views it describes.
-        """
-        found = self._touched.get(node)
-        if found is None:
-            found = self._touched[node] = self._find_touched(node)
-        return found
-
-    def written(self, node: Node) -> list[View]:
-        """The memory that a node writes, as far as its schema or name says so."""
-        op = overload_of(callee(node))
-        if is_functionalized(node):
-            views = mutated_views(node)
-            known = {
-                name: view
-                for name, view in views.items()
-                if view is not None or node.kwargs.get(f"_{name}_base_index", 0) is None
-            }
-            if op is not None and len(known) == len(views):
-                return [view for view in known.values() if view is not None]
-            sources = [n for n in pytree.tree_leaves(bases(node)) if isinstance(n, Node)]
-        elif op is not None:
-            given = arguments(node)
-            leaves = pytree.tree_leaves([given.get(name) for name in mutated_names(op)])
-            sources = [leaf for leaf in leaves if isinstance(leaf, Node)]
-        else:
-            sources = _written_by_name(node)
-        return [view for source in sources for view in self.memory(source)]
 
     def is_view(self, node: Node) -> bool:
         """True if a node only reinterprets its input, or asks for its shape: no element is read
@@ -193,13 +156,6 @@ class Aliases:
         sources = version[1] if version is not None else node.all_input_nodes
         return [view.anywhere() for source in sources for view in self.memory(source)]
 
-    def _find_touched(self, node: Node) -> list[View]:
-        if not is_functionalized(node):
-            return [view for source in node.all_input_nodes for view in self.memory(source)]
-        given = pytree.tree_leaves(list(arguments(node).values()))
-        views = [v for leaf in given if isinstance(leaf, Node) for v in self.memory(leaf)]
-        return views + self.written(node)
-
     def _find_view(self, node: Node) -> bool:
         value = value_of(node)
         if value is MISSING or is_functionalized(node):
@@ -237,16 +193,6 @@ def _is_torch(node: Node, names: frozenset[str]) -> bool:
         getattr(torch, name, None),
         getattr(Tensor, name, None),
     )
-
-
-def _written_by_name(node: Node) -> list[Node]:
-    """What a call without a schema writes, by Python's and torch's naming."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    out = [leaf for leaf in pytree.tree_leaves(node.kwargs.get("out")) if isinstance(leaf, Node)]
-    in_place = name.endswith("_") and not name.endswith("__")
-    if node.target is operator.setitem or name == "setitem" or in_place:
-        out += [arg for arg in node.args[:1] if isinstance(arg, Node)]
-    return out
 
 
 def _itemsize(view: View) -> int:

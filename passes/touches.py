@@ -7,33 +7,53 @@ looks at those of its own families only, besides the nodes that may touch any me
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 
 from torch.fx import Graph, Node
 from torch.nn import Module
+from torch.utils import _pytree as pytree
 
 from nwor_compile.passes.aliases import Aliases
-from nwor_compile.passes.calls import View, attribute, new_version, overload_of, view_of
+from nwor_compile.passes.calls import (
+    View,
+    arguments,
+    attribute,
+    bases,
+    callee,
+    is_functionalized,
+    mutated_names,
+    mutated_views,
+    new_version,
+    overload_of,
+    view_of,
+)
 
 
 class Touches:
-    """The nodes of one graph by the memory they touch; the graph must not change meanwhile."""
+    """The nodes of one graph that touch what some writes take, by the memory they touch.
 
-    def __init__(self, graph: Graph) -> None:
+    The graph must not change meanwhile.
+    """
+
+    def __init__(self, graph: Graph, writes: list[Node]) -> None:
         self.aliases = Aliases(graph)
         self.order: dict[Node, int] = {node: index for index, node in enumerate(graph.nodes)}
         self.opaque: set[Node] = set()
         self.write_backs: set[Node] = set()
+        self._touched: dict[Node, list[View]] = {}
         # New versions, and what each may be the new version of, by their functionalized call.
         self._versions: dict[Node, dict[Node, list[Node]]] = defaultdict(dict)
         self._version_nodes: set[Node] = set()
         # None: nodes that may touch any memory.
         self._by_family: dict[int | None, list[Node]] = defaultdict(list)
+        self._families: dict[Node, set[int | None]] = {}
+        wanted = self._taken(writes)
         for node in self.order:
-            self._add(node)
+            self._add(node, wanted)
 
     def near(self, views: list[View]) -> list[Node]:
-        """Nodes that may touch some of these views, in the order of the graph.
+        """Nodes that may touch some of these views, which a write takes, in the graph's order.
 
         Without those that neither read nor write an element: inputs, attributes, views, the
         versions that functionalization makes, and its copies of them into the graph's inputs.
@@ -54,11 +74,42 @@ class Touches:
                 continue
             seen.add(node)
             for user in node.users:
-                later = self._versions.get(user, {})
-                pending += [version for version, bases in later.items() if node in bases]
+                later = self._versions.get(user, {}).items()
+                pending += [version for version, older in later if node in older]
                 if self._passes_on(node, user, families):
                     pending.append(user)
         return seen
+
+    def touched(self, node: Node) -> list[View]:
+        """The memory that a node may read or write: its tensor arguments.
+
+        A functionalized call passes whole bases through but touches only the views it describes.
+        """
+        found = self._touched.get(node)
+        if found is None:
+            found = self._touched[node] = self._find_touched(node)
+        return found
+
+    def written(self, node: Node) -> list[View]:
+        """The memory that a node writes, as far as its schema or name says so."""
+        op = overload_of(callee(node))
+        if is_functionalized(node):
+            views = mutated_views(node)
+            known = {
+                name: view
+                for name, view in views.items()
+                if view is not None or node.kwargs.get(f"_{name}_base_index", 0) is None
+            }
+            if op is not None and len(known) == len(views):
+                return [view for view in known.values() if view is not None]
+            sources = [n for n in pytree.tree_leaves(bases(node)) if isinstance(n, Node)]
+        elif op is not None:
+            given = arguments(node)
+            leaves = pytree.tree_leaves([given.get(name) for name in mutated_names(op)])
+            sources = [leaf for leaf in leaves if isinstance(leaf, Node)]
+        else:
+            sources = _written_by_name(node)
+        return [view for source in sources for view in self.aliases.memory(source)]
 
     def _passes_on(self, node: Node, user: Node, families: set[int | None]) -> bool:
         """True if `user`, which is no new version, still has the rows that `node` has."""
@@ -66,10 +117,10 @@ class Touches:
             return False
         if user in self.write_backs:
             return user.args[1] is node
-        found = self.aliases.families(self.aliases.memory(user))
+        found = self._families_of(user)
         return None in found or not found.isdisjoint(families)
 
-    def _add(self, node: Node) -> None:
+    def _add(self, node: Node, wanted: set[int | None]) -> None:
         version = new_version(node)
         if version is not None:
             call, candidates = version
@@ -77,15 +128,33 @@ class Touches:
             self._version_nodes.add(node)
         elif _is_write_back(node, self.aliases):
             self.write_backs.add(node)
-        elif node.op not in ("placeholder", "get_attr") and not self.aliases.is_view(node):
-            families = self.aliases.families(self.aliases.touched(node))
-            for source in node.all_input_nodes:
-                families |= self.aliases.families(self.aliases.memory(source))
+        elif node.op not in ("placeholder", "get_attr"):
+            families = self._taken([node])
             if node.op == "call_module" and _is_opaque(node):
                 self.opaque.add(node)
                 families.add(None)
-            for family in families:
-                self._by_family[family].append(node)
+            near = None in wanted or None in families or not families.isdisjoint(wanted)
+            if near and not self.aliases.is_view(node):
+                for family in families:
+                    self._by_family[family].append(node)
+
+    def _taken(self, nodes: list[Node]) -> set[int | None]:
+        """Families of the nodes' inputs: whatever a node touches comes in through one of them."""
+        sources = {source for node in nodes for source in node.all_input_nodes}
+        return {family for source in sources for family in self._families_of(source)}
+
+    def _families_of(self, node: Node) -> set[int | None]:
+        found = self._families.get(node)
+        if found is None:
+            found = self._families[node] = self.aliases.families(self.aliases.memory(node))
+        return found
+
+    def _find_touched(self, node: Node) -> list[View]:
+        if not is_functionalized(node):
+            return [view for source in node.all_input_nodes for view in self.aliases.memory(source)]
+        given = pytree.tree_leaves(list(arguments(node).values()))
+        views = [v for leaf in given if isinstance(leaf, Node) for v in self.aliases.memory(leaf)]
+        return views + self.written(node)
 
 
 def _is_opaque(node: Node) -> bool:
@@ -106,3 +175,13 @@ def _is_write_back(node: Node, aliases: Aliases) -> bool:
         return False
     one, other = view_of(target), view_of(source)
     return one is not None and other is not None and aliases.same(one, other)
+
+
+def _written_by_name(node: Node) -> list[Node]:
+    """What a call without a schema writes, by Python's and torch's naming."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    out = [leaf for leaf in pytree.tree_leaves(node.kwargs.get("out")) if isinstance(leaf, Node)]
+    in_place = name.endswith("_") and not name.endswith("__")
+    if node.target is operator.setitem or name == "setitem" or in_place:
+        out += [arg for arg in node.args[:1] if isinstance(arg, Node)]
+    return out

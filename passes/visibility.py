@@ -88,7 +88,7 @@ def judge(graph: Graph) -> list[Write]:
     writes = [write for node in graph.nodes if (write := _find(node)) is not None]
     if not writes:
         return []
-    touches = Touches(graph)
+    touches = Touches(graph, [write.node for write in writes])
     by_family: dict[int | None, list[Write]] = defaultdict(list)
     for write in writes:
         for family in touches.aliases.families(write.caches):
@@ -165,12 +165,12 @@ def _touch(write: Write, node: Node, touches: Touches) -> str:
     aliases, order = touches.aliases, touches.order
     if node in touches.opaque and order[node] > order[write.node]:
         return f"{node.name} calls module {node.target}, which may hold a cache of its own"
-    if not aliases.meet(write.caches, aliases.touched(node)):
+    if not aliases.meet(write.caches, touches.touched(node)):
         return ""
     if isinstance(callee(node), HigherOrderOperator):
         return f"{node.name} ({callee(node)}) takes the cache into a subgraph"
     if not _sees(write, node, touches):
-        if aliases.meet(write.caches, aliases.written(node)):
+        if aliases.meet(write.caches, touches.written(node)):
             return f"two writes to one cache: {node.name} writes it too"
         return _copied(node)
     row = find_reader(node.target)

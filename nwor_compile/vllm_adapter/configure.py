@@ -51,9 +51,7 @@ def backend_refusals(config: Any) -> list[str]:
     if config.device_config.device_type != "cpu":
         found.append("only the CPU engine is supported so far; unset the nwor flag")
     if config.parallel_config.worker_cls != CPU_WORKER:
-        found.append(
-            f"worker_cls is {config.parallel_config.worker_cls}; leave it at vLLM's own"
-        )
+        found.append(f"worker_cls is {config.parallel_config.worker_cls}; leave it at vLLM's own")
     if not isinstance(config.additional_config or {}, dict):
         found.append(
             f"additional_config is a {type(config.additional_config).__name__}, which cannot "

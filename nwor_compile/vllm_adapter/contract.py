@@ -169,9 +169,7 @@ def mismatches(version: str, root: Path) -> list[str]:
     first, end = SUPPORTED
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not first <= numbers < end:
-        found.append(
-            f"supported are {_dotted(first)} up to, not including, {_dotted(end)}"
-        )
+        found.append(f"supported are {_dotted(first)} up to, not including, {_dotted(end)}")
     for entry in CONTRACT:
         problem = _broken(entry, root)
         if problem:

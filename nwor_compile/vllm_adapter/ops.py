@@ -95,7 +95,7 @@ direct_register_custom_op(
 
 
 def check_twins() -> None:
-    """Raise ConfigError unless each twin takes exactly what vLLM's op takes; see NOTE [contract]."""
+    """Raise ConfigError unless each twin takes what vLLM's op takes; see NOTE [contract]."""
     pairs = (
         ("unified_kv_cache_update", "vllm_stage"),
         ("unified_attention_with_output", "vllm_verify"),

@@ -2,8 +2,8 @@
 
 vLLM calls `register` in every process. It wraps `EngineArgs.create_engine_config`; only when the
 flag is set does the wrapper change the configuration it returns: the graph pass and the worker
-class, which brings the attention backend along. The configuration travels to the workers, so they need no
-hook of their own.
+class, which brings the attention backend along. The configuration travels to the workers, so they
+need no hook of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import functools
 import logging
 import sys
 from typing import Any
+
+from nwor_compile.vllm_adapter.metrics_log import use_vllm_handlers
 
 log = logging.getLogger("nwor_compile")
 
@@ -22,6 +24,7 @@ def register() -> None:
     """Install the hook; a second call does nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
+    use_vllm_handlers()
     create = EngineArgs.create_engine_config
     if getattr(create, _WRAPPED, False):
         return
@@ -29,10 +32,13 @@ def register() -> None:
     @functools.wraps(create)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         from nwor_compile.vllm_adapter.configure import configure
+        from nwor_compile.vllm_adapter.metrics import serve
 
         _announce_variables()
         _forget_backend()
-        return configure(create(self, *args, **kwargs))
+        config = configure(create(self, *args, **kwargs))
+        serve(config)
+        return config
 
     setattr(create_engine_config, _WRAPPED, True)
     EngineArgs.create_engine_config = create_engine_config

@@ -81,15 +81,19 @@ class RunnerHooks:
         if self.window is not None:
             self.window.warm_up()
 
+    def close(self) -> None:
+        """Stage nothing from here on."""
+        ops.set_layers({})
+        if self.window is not None:
+            self.window.close()
+            self.window = None
+
     def _refuse(self, reason: str) -> None:
         """Raise ConfigError, or with `"strict": false` run direct from here on."""
         if self.settings.strict:
             raise ConfigError(f"NWOR cannot stage: {reason}")
         log.error("NWOR cannot stage: %s. It runs direct.", reason)
-        ops.set_layers({})
-        if self.window is not None:
-            self.window.close()
-            self.window = None
+        self.close()
 
     def _load_drafter(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._target = set(self.config.compilation_config.static_forward_context)
@@ -110,7 +114,8 @@ class RunnerHooks:
             self.window = None
         layers, groups, problem = self._target_layers(kv_cache_config)
         if problem:
-            return self._refuse(problem)
+            self._refuse(problem)
+            return
         scheduler = self.config.scheduler_config
         self.window = Window(
             layers,
@@ -173,9 +178,7 @@ class RunnerHooks:
         slots = {batch.group: mapping[batch.names[0]] for batch in window.tensors.batches}
         window.begin(counts, self.runner.query_start_loc.gpu[: requests + 1], slots)
 
-    def _sample(
-        self, original: Callable[..., Any], logits: Any, spec_decode_metadata: Any
-    ) -> Any:
+    def _sample(self, original: Callable[..., Any], logits: Any, spec_decode_metadata: Any) -> Any:
         window = self.window
         if window is None or window.state is not State.OPEN:
             return original(logits, spec_decode_metadata)

@@ -7,11 +7,12 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from nwor_compile.vllm_adapter.cpu_backend import use
+from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
 from nwor_compile.vllm_adapter.runner import RunnerHooks
 from nwor_compile.vllm_adapter.settings import requested
 
 
-class NworCPUWorker(CPUWorker):
+class NworCPUWorker(PublishesMetrics, CPUWorker):
     """vLLM's CPU worker with this package's attention backend and, in mode `stage`, with NWOR hooks
     on its model runner. Mode `off` keeps the backend, so that the two can be compared."""
 
@@ -31,6 +32,13 @@ class NworCPUWorker(CPUWorker):
         if self.nwor is not None:
             self.nwor.warmed_up()
         return result
+
+    def shutdown(self) -> None:
+        """Take this engine's caches out of the registry: the next engine of this process may get
+        the same memory."""
+        if self.nwor is not None:
+            self.nwor.close()
+        super().shutdown()
 
     def nwor_metrics(self) -> dict[str, Any]:
         """The window's counters; for `LLM.collective_rpc("nwor_metrics")`. Empty in mode `off`."""

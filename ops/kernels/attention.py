@@ -11,10 +11,10 @@ NOTE [zero-filled V]: rows that no token of the tile can see are never loaded (t
 poison; 0 x NaN is NaN). A row that a later token of the tile sees is loaded for all of them: NaN
 in it reaches the earlier tokens of its own request, as it does in FlashAttention.
 
-NOTE [grid]: the grid comes from shapes alone, for CUDA graphs. Request r starts at tile
-`query_start_loc[r] // tokens_per_tile + r`, which leaves room for its last, partial tile; a program
-finds its request by comparing with all of them. Padding tokens are one more request, which sees
-nothing.
+NOTE [grid]: the grid comes from shapes alone, for CUDA graphs: it has room for the last, partial
+tile of every request. A program finds its request by counting the tiles of all of them. Padding
+tokens are one more request, which sees nothing. Programs left over come last, so that they do not
+hold a place on the device that another waits for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nwor_compile.ops.kernels.fp8 import decode_fp8, round_bf16
 from nwor_compile.ops.kernels.launch import (
@@ -43,19 +42,28 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _find_request(query_start_loc, s_start, requests, tile, PER: tl.constexpr, R: tl.constexpr):
-    """The request that owns query tile `tile`; see NOTE [grid]."""
-    found = -1
+def _find_request(
+    query_start_loc, s_start, requests, tokens, tile, PER: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """The request that owns query tile `tile`, and which of its tiles it is; see NOTE [grid]."""
+    request = 0
+    ahead = 0  # tiles of the requests before it
+    total = 0
     for first in range(0, requests + 1, R):
         r = first + tl.arange(0, R)
-        start = tl.load(query_start_loc + r * s_start, mask=r <= requests, other=0).to(tl.int32)
-        begun = (r <= requests) & (start // PER + r <= tile)
-        found += tl.sum(begun.to(tl.int32), axis=0)
-    return found
+        place = query_start_loc + r * s_start
+        start = tl.load(place, mask=r <= requests, other=tokens).to(tl.int32)
+        end = tl.load(place + s_start, mask=r < requests, other=tokens).to(tl.int32)
+        tiles = (tl.maximum(end - start, 0) + PER - 1) // PER
+        passed = total + tl.cumsum(tiles, axis=0) <= tile
+        request += tl.sum(passed.to(tl.int32), axis=0)
+        ahead += tl.sum(tl.where(passed, tiles, 0), axis=0)
+        total += tl.sum(tiles, axis=0)
+    return request, tile - ahead
 
 
 @triton.jit
-def _tile_blocks(table, s_column, tile, width, last, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _blocks(table, s_column, tile, width, last, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The cache block of each position of a KV tile; 0 past the `width` of the table.
 
     Entries past the request's length may be garbage. Their rows are not loaded, and the clamp keeps
@@ -70,30 +78,27 @@ def _tile_blocks(table, s_column, tile, width, last, N: tl.constexpr, BLOCK_SIZE
 
 
 @triton.jit
-def _cache_rows(
-    cache, block, p, element, s_block, s_offset,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr,
+def _rows(
+    cache, staged, block, p, wanted, tail, prefix, drafts,
+    BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the cache rows `[N, D]` at positions `p`, which start a KV tile."""
+    """A tile `[N, D]` of K or V at positions `p`, with TAIL that of drafts from staging."""
+    N: tl.constexpr = p.shape[0]
+    base, s_block, s_offset, element = cache
     # Whole blocks: the place in a block is the same for every tile, so it leaves the loop.
     offset = tl.arange(0, N) % BLOCK_SIZE if N % BLOCK_SIZE == 0 else p % BLOCK_SIZE
-    if WIDE:
-        row = block.to(tl.int64) * s_block + offset.to(tl.int64) * s_offset
-    else:
-        row = block * s_block + offset * s_offset
-        element = element.to(tl.int32)
-    return cache + (row[:, None] + element[None, :])
-
-
-@triton.jit
-def _choose_rows(
-    cache, staged, in_tail, row, d, s_row, s_d, TAIL: tl.constexpr,
-):  # fmt: skip
-    """The pointers `cache`, or for rows in the tail those of their staging row."""
-    if not TAIL:
-        return cache
-    place = (staged + row * s_row)[:, None] + (d.to(tl.int64) * s_d)[None, :]
-    return tl.where(in_tail[:, None], place, cache)
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    slot = block.to(index) * s_block + offset.to(index) * s_offset
+    rows = base + (slot[:, None] + element.to(index)[None, :])
+    if TAIL:
+        staged_base, s_row, staged_element, staging_rows = staged
+        draft = p - prefix
+        row = tl.minimum(tl.maximum(tail + draft, 0), staging_rows - 1).to(index) * s_row
+        staged_rows = staged_base + (row[:, None] + staged_element.to(index)[None, :])
+        rows = tl.where(((draft >= 0) & (draft < drafts))[:, None], staged_rows, rows)
+    if MASKED:
+        return tl.load(rows, mask=wanted, other=0)
+    return tl.load(rows)
 
 
 @triton.jit
@@ -105,17 +110,45 @@ def _operand(rows, FP8: tl.constexpr, like: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q, k, v, seen, scale, softcap, best, total, acc,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, precision: tl.constexpr,
+def _step(
+    q, best, total, acc, tile, block, key, value, staged_key, staged_value,
+    tail, prefix, drafts, position, first_seen, high, scale, softcap,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr, TAIL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the softmax over a KV tile. Masking nothing gives the bits of no mask."""
+    """Attend to one KV tile. WHOLE: to all of it, but for what the window hides."""
+    p = tile * N + tl.arange(0, N)
+    wanted = (tl.arange(0, D_PAD) < D)[None, :]
+    seen = True
+    if not WHOLE:
+        wanted &= (p < high)[:, None]
+        seen = p[None, :] <= position[:, None]
+    if WINDOW > 0:
+        wanted &= (p >= first_seen)[:, None]
+        seen &= p[None, :] > position[:, None] - WINDOW
+    masked: tl.constexpr = not WHOLE or WINDOW > 0
+    some: tl.constexpr = masked or D != D_PAD
+    k = _rows(
+        key, staged_key, block, p, wanted, tail, prefix, drafts, BLOCK_SIZE, TAIL, some, WIDE
+    )
+    v = _rows(
+        value, staged_value, block, p, wanted, tail, prefix, drafts, BLOCK_SIZE, TAIL, some, WIDE
+    )
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    k, v = _operand(k, FP8, q.dtype), _operand(v, FP8, q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1); core Triton has no tanh.
         score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (score / softcap)) + 1.0)) * _LOG2E
-    if MASKED:
+    if masked:
         score = tl.where(seen, score, float("-inf"))
+    return _accumulate(score, v, best, total, acc, precision)
+
+
+@triton.jit
+def _accumulate(score, v, best, total, acc, precision: tl.constexpr):
+    """Online softmax: the running maximum, sum and weighted V after the scores of one more tile."""
     new_best = tl.maximum(best, tl.max(score, axis=1))
     # A row that has seen nothing keeps -inf; subtract 0 there, or -inf - -inf is NaN.
     finite = tl.where(new_best == float("-inf"), 0.0, new_best)
@@ -136,12 +169,14 @@ def _store_out(out, acc, mask, EXACT_BF16: tl.constexpr):
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
 @triton.jit(
-    do_not_specialize=["tokens", "requests", "table_width", "blocks", "staging_rows", "s_table"]
+    do_not_specialize=[
+        "tokens", "requests", "splits", "table_width", "blocks", "staging_rows", "s_table",
+    ]  # fmt: skip
 )
 def _attention_kernel(
     query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
     query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max, part_sum,
-    tokens, requests, table_width, blocks, staging_rows, score_scale, softcap,
+    tokens, requests, splits, table_width, blocks, staging_rows, score_scale, softcap,
     s_token, s_head, s_d,
     kc_block, kc_offset, kc_head, kc_outer, kc_inner,
     vc_block, vc_offset, vc_head, vc_inner,
@@ -152,30 +187,30 @@ def _attention_kernel(
     FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, TAIL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr,
     UPCAST: tl.constexpr, EXACT_BF16: tl.constexpr,
-    WIDE: tl.constexpr, PDL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, h, s): query tile i, KV head h, share s of the KV tiles."""
+    """Query tile i, share s of its KV tiles, KV head h: program (i * splits + s) * KV heads + h."""
     PER: tl.constexpr = M // GROUP  # tokens of a tile
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    if PDL:
-        gdc_launch_dependents()  # the merge may start up, and waits for the end of this kernel
-    request = _find_request(query_start_loc, s_start, requests, tile, PER, R)
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    program = tl.program_id(0)
+    kv_head = (program % KV_HEADS).to(tl.int64)
+    split = program // KV_HEADS % splits
+    request, tile = _find_request(
+        query_start_loc, s_start, requests, tokens, program // KV_HEADS // splits, PER, R
+    )
+    if request > requests:
+        return
     owned = request < requests  # else these tokens are padding
     start = tl.load(query_start_loc + request * s_start).to(tl.int32)
-    end = tokens
-    length = 0
+    # Masks and no branch: the loads do not wait for each other.
+    end = tl.load(query_start_loc + (request + 1) * s_start, mask=owned, other=tokens).to(tl.int32)
+    length = tl.load(seq_lens + request * s_len, mask=owned, other=0).to(tl.int32)
     drafts = 0
-    tail = tl.full([], 0, tl.int64)
-    if owned:
-        end = tl.load(query_start_loc + (request + 1) * s_start).to(tl.int32)
-        length = tl.load(seq_lens + request * s_len).to(tl.int32)
-        if TAIL:
-            drafts = tl.load(num_drafts + request * s_drafts).to(tl.int32)
-            tail = tl.load(tail_start + request * s_tail).to(tl.int64)
-    first_token = start + (tile - (start // PER + request)) * PER
+    tail = 0
+    if TAIL:
+        drafts = tl.load(num_drafts + request * s_drafts, mask=owned, other=0).to(tl.int32)
+        tail = tl.load(tail_start + request * s_tail, mask=owned, other=0).to(tl.int32)
+    first_token = start + tile * PER
 
     m = tl.arange(0, M)
     d = tl.arange(0, D_PAD)
@@ -183,22 +218,23 @@ def _attention_kernel(
     token = first_token + m // GROUP
     real = (token < end) & (token < tokens) & (m < PER * GROUP)
     head = kv_head * GROUP + m % GROUP
-    # Position of a token: the last one of the request is at length - 1. Padding sees nothing.
-    position = tl.where(real & owned, length - end + token, -1)
-
     # The KV tiles that some token of the tile sees, and this program's share of them.
     first_position = length - end + first_token
     high = tl.minimum(length - end + tl.minimum(first_token + PER, end), length)
     high = tl.where(owned & (first_token < end), high, 0)
     high = tl.minimum(high, table_width * BLOCK_SIZE)
+    # Position of a token: the last one of the request is at length - 1. Padding sees nothing.
+    position = tl.minimum(length - end + token, high - 1)
+    position = tl.where(real & owned, position, -1)
     first_seen = 0
     if WINDOW > 0:
         first_seen = tl.maximum(first_position - WINDOW + 1, 0)
     low = first_seen // N
     high_tile = (tl.maximum(high, 0) + N - 1) // N
-    share = (tl.maximum(high_tile - low, 0) + splits - 1) // splits
-    from_tile = low + split * share
-    to_tile = tl.minimum(from_tile + share, high_tile)
+    # Even shares, rounded so that the last one, which waits for the tail, is no larger than others.
+    tiles = tl.maximum(high_tile - low, 0)
+    from_tile = low + (tiles * split + splits - 1) // splits
+    to_tile = low + (tiles * (split + 1) + splits - 1) // splits
     # Of them, the tiles that lie in the cache and that every token sees to their last row.
     whole_tile = tl.maximum(tl.minimum(length - drafts, first_position + 1), 0) // N
     whole_tile = tl.minimum(tl.maximum(whole_tile, from_tile), to_tile)
@@ -206,9 +242,7 @@ def _attention_kernel(
     q_place = query + (token.to(tl.int64) * s_token + head * s_head)[:, None]
     keep = real[:, None] & real_d[None, :]
     q = tl.load(q_place + d.to(tl.int64)[None, :] * s_d, mask=keep, other=0)
-    operand: tl.constexpr = tl.float32 if UPCAST else query.dtype.element_ty
-    precision: tl.constexpr = "ieee" if UPCAST else "tf32"
-    q = q.to(operand)
+    q = q.to(tl.float32 if UPCAST else query.dtype.element_ty)
     scale = score_scale
     if K_SCALED:
         scale = scale * tl.load(k_scale + kv_head * s_k_scale)
@@ -218,60 +252,32 @@ def _attention_kernel(
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D_PAD], tl.float32)
-    key_base = key_cache + kv_head * kc_head
-    value_base = value_cache + kv_head * vc_head
-    staged_key_base = staged_key + kv_head * sk_head
-    staged_value_base = staged_value + kv_head * sv_head
-    key_element = element_offset(d, kc_outer, kc_inner, D, X)
-    value_element = element_offset(d, 0, vc_inner, D, D)
+    key = (key_cache + kv_head * kc_head, kc_block, kc_offset,
+           element_offset(d, kc_outer, kc_inner, D, X))  # fmt: skip
+    value = (value_cache + kv_head * vc_head, vc_block, vc_offset,
+             element_offset(d, 0, vc_inner, D, D))  # fmt: skip
+    key_tail = (staged_key + kv_head * sk_head, sk_row, d * sk_d, staging_rows)
+    value_tail = (staged_value + kv_head * sv_head, sv_row, d * sv_d, staging_rows)
     table = block_table + request.to(tl.int64) * s_table
     width = tl.where(from_tile < to_tile, table_width, 0)
     # Loaded one tile ahead: a row's address must not wait for its block.
-    block = _tile_blocks(table, s_column, from_tile, width, blocks - 1, N, BLOCK_SIZE)
+    block = _blocks(table, s_column, from_tile, width, blocks - 1, N, BLOCK_SIZE)
     for kv_tile in range(from_tile, whole_tile):
-        p = kv_tile * N + tl.arange(0, N)
-        wanted = real_d[None, :]
-        seen = wanted
-        if WINDOW > 0:
-            wanted &= (p >= first_seen)[:, None]
-            seen = p[None, :] > position[:, None] - WINDOW
-        k_rows = _cache_rows(
-            key_base, block, p, key_element, kc_block, kc_offset, N, BLOCK_SIZE, WIDE
-        )
-        v_rows = _cache_rows(
-            value_base, block, p, value_element, vc_block, vc_offset, N, BLOCK_SIZE, WIDE
-        )
-        if D == D_PAD and WINDOW == 0:
-            k, v = tl.load(k_rows), tl.load(v_rows)
-        else:
-            k, v = tl.load(k_rows, mask=wanted, other=0), tl.load(v_rows, mask=wanted, other=0)
-        block = _tile_blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
-        best, total, acc = _attend(
-            q, _operand(k, FP8, operand), _operand(v, FP8, operand), seen, scale, softcap,
-            best, total, acc, WINDOW > 0, SOFTCAP, precision,
+        this = block
+        block = _blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
+        best, total, acc = _step(
+            q, best, total, acc, kv_tile, this, key, value, key_tail, value_tail,
+            tail, length - drafts, drafts, position, first_seen, high, scale, softcap,
+            D, D_PAD, N, BLOCK_SIZE, True, False, WINDOW, SOFTCAP, FP8, WIDE,
         )  # fmt: skip
+    # One tile or two: not worth a pipeline.
     for kv_tile in tl.range(whole_tile, to_tile, num_stages=1):
-        p = kv_tile * N + tl.arange(0, N)
-        draft = p - (length - drafts)
-        in_tail = (draft >= 0) & (draft < drafts)
-        row = tl.minimum(tl.maximum(tail + draft, 0), staging_rows - 1)
-        wanted = ((p < high) & (p >= first_seen))[:, None] & real_d[None, :]
-        seen = (p[None, :] <= position[:, None]) & (p < high)[None, :]
-        if WINDOW > 0:
-            seen &= p[None, :] > position[:, None] - WINDOW
-        k_rows = _cache_rows(
-            key_base, block, p, key_element, kc_block, kc_offset, N, BLOCK_SIZE, WIDE
-        )
-        v_rows = _cache_rows(
-            value_base, block, p, value_element, vc_block, vc_offset, N, BLOCK_SIZE, WIDE
-        )
-        k_rows = _choose_rows(k_rows, staged_key_base, in_tail, row, d, sk_row, sk_d, TAIL)
-        v_rows = _choose_rows(v_rows, staged_value_base, in_tail, row, d, sv_row, sv_d, TAIL)
-        k, v = tl.load(k_rows, mask=wanted, other=0), tl.load(v_rows, mask=wanted, other=0)
-        block = _tile_blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
-        best, total, acc = _attend(
-            q, _operand(k, FP8, operand), _operand(v, FP8, operand), seen, scale, softcap,
-            best, total, acc, True, SOFTCAP, precision,
+        this = block
+        block = _blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
+        best, total, acc = _step(
+            q, best, total, acc, kv_tile, this, key, value, key_tail, value_tail,
+            tail, length - drafts, drafts, position, first_seen, high, scale, softcap,
+            D, D_PAD, N, BLOCK_SIZE, False, TAIL, WINDOW, SOFTCAP, FP8, WIDE,
         )  # fmt: skip
 
     if V_SCALED:
@@ -292,7 +298,6 @@ def _attention_kernel(
 def _merge_kernel(
     out, part, part_max, part_sum, lines, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, S_PAD: tl.constexpr, EXACT_BF16: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program i: line i (token x head) of the output from the shares of its KV positions."""
     line = tl.program_id(0).to(tl.int64)
@@ -300,10 +305,9 @@ def _merge_kernel(
     d = tl.arange(0, D_PAD)
     partial = s.to(tl.int64) * lines + line
     real = s < splits
-    if PDL:
-        gdc_wait()
     best = tl.load(part_max + partial, mask=real, other=float("-inf"))
     sums = tl.load(part_sum + partial, mask=real, other=0.0)
+    # Also those that are not used: waiting to know which costs more.
     rows = tl.load(
         part + partial[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
     )
@@ -338,11 +342,11 @@ def _processors(index: int | None) -> int:
 
 
 @functools.cache
-def _has_pdl(index: int | None) -> bool:
-    """Whether a kernel can start up while the one before it runs (programmatic dependent launch)."""
-    if index is None or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(index)[0] >= 9
+def _shared_memory(index: int | None) -> int:
+    """Bytes of shared memory that a program may have."""
+    if index is None:
+        return 2**17
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
 def _is_wide(cache: Tensor) -> bool:
@@ -351,25 +355,39 @@ def _is_wide(cache: Tensor) -> bool:
     return last >= 2**31
 
 
+def _splits(programs: int, processors: int) -> int:
+    """Into how many shares the KV of each of `programs` goes, for them to fill the device.
+
+    Two programs run on a multiprocessor at a time. Measured on an H200 (5-row spans, bf16): while
+    all run at once, 1.5 a multiprocessor are best; beyond that, what matters is how full the last
+    round is, and a program costs about an eighth of what the KV of a request of 2048 does.
+    """
+    if programs <= processors:
+        return min(round(1.5 * processors / programs), 64)
+
+    def time(splits: int) -> float:
+        return triton.cdiv(programs * splits, 2 * processors) * (1 / splits + 1 / 8)
+
+    return min((1, 2, 3), key=time)
+
+
 def plan(
     tokens: int, requests: int, group: int, kv_heads: int, size: int, itemsize: int, context: int,
-    processors: int,
+    processors: int, shared: int,
 ) -> Plan:  # fmt: skip
     """Tiles for `requests` with `tokens` in all; `context` is what the block table can hold."""
     per_request = triton.cdiv(tokens, max(requests, 1))
     pad = triton.next_power_of_2(size)
-    most = 64 if pad > 128 or itemsize == 4 else 128
-    m = min(most, triton.next_power_of_2(per_request * group))
+    m = min(64, triton.next_power_of_2(per_request * group))
     m = max(16, m, triton.next_power_of_2(group))
     tiles = max(min(requests, tokens), triton.cdiv(tokens, m // group))
     programs = max(1, kv_heads * tiles)
-    # Measured on an H200 (5-row spans, bf16): 128 positions a step beat 64 where the tiles alone
-    # fill the device; below that, shares of the KV have to fill it, and small steps do.
-    wide = m <= 64 and programs >= 0.75 * processors
-    n = 32 if pad > 128 or itemsize == 4 else 128 if wide else 64
-    # Two programs a multiprocessor fill the device; a share is at least one KV tile.
-    splits = max(1, min(2 * processors // programs, triton.cdiv(context, n), 64))
-    return Plan(m, n, splits, 8 if m * pad > 8192 else 4, 3, 1)
+    n = 32 if pad > 128 or itemsize == 4 else 64
+    splits = min(_splits(programs, processors), triton.cdiv(context, n))
+    # K and V of a tile are loaded two tiles ahead, where shared memory holds three.
+    stages = (shared - m * (pad + n) * itemsize) // (2 * n * pad * itemsize)
+    merge_warps = max(1, triton.next_power_of_2(splits) * pad // 4096)
+    return Plan(m, n, splits, 8 if m * pad > 8192 else 4, max(1, min(stages, 3)), merge_warps)
 
 
 def verify_attention(
@@ -417,6 +435,7 @@ def verify_attention(
     p = plan(
         tokens, requests, group, kv_heads, size, 4 if upcast else 2,
         block_table.shape[1] * block_size, _processors(query.device.index),
+        _shared_memory(query.device.index),
     )  # fmt: skip
     part = part_max = part_sum = None
     if p.splits > 1:
@@ -425,14 +444,15 @@ def verify_attention(
         part_max = torch.empty(lines, dtype=torch.float32, device=query.device)
         part_sum = torch.empty(lines, dtype=torch.float32, device=query.device)
     padded = triton.next_power_of_2(size)
-    pdl = p.splits > 1 and _has_pdl(query.device.index)
-    launch = {"launch_pdl": True} if pdl else {}
+    per = p.m // group
+    tiles = (tokens + (requests + 1) * (per - 1)) // per  # the most that there can be
+    wide = any(map(_is_wide, (key_cache, value_cache, staged_key, staged_value)))
     with on_device(query):
-        _attention_kernel[(tokens // (p.m // group) + requests + 1, kv_heads, p.splits)](
+        _attention_kernel[(tiles * kv_heads * p.splits,)](
             query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
             query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max,
             part_sum,
-            tokens, requests, block_table.shape[1], key_cache.shape[0], staged_key.shape[0],
+            tokens, requests, p.splits, block_table.shape[1], key_cache.shape[0], staged_key.shape[0],
             float(scale), float(softcap),
             *query.stride(), *k_strides[:5], *v_strides[:3], v_strides.inner, *staged_strides,
             *block_table.stride(), seq_lens.stride(0), query_start_loc.stride(0),
@@ -445,14 +465,15 @@ def verify_attention(
             TAIL=tail, M=p.m, N=p.n, SPLIT=p.splits > 1,
             R=128 if requests < 128 else 1024,
             UPCAST=upcast, EXACT_BF16=exact_bf16,
-            WIDE=_is_wide(key_cache) or _is_wide(value_cache), PDL=pdl,
+            WIDE=wide,
             num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=False,
         )  # fmt: skip
         if p.splits > 1:
             _merge_kernel[(tokens * heads,)](
                 out, part, part_max, part_sum, tokens * heads, p.splits,
                 D=size, D_PAD=padded, S_PAD=triton.next_power_of_2(p.splits),
-                EXACT_BF16=exact_bf16, PDL=pdl, num_warps=p.merge_warps, **launch,
+                EXACT_BF16=exact_bf16,
+                num_warps=p.merge_warps,
             )  # fmt: skip
     return out
 

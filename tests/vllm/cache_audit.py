@@ -33,7 +33,13 @@ class Audit:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the totals and the rows seen."""
+        """Forget the totals and the rows seen, and fill the caches with noise.
+
+        Layer 0's row depends on token and position alone, so without noise a second run would
+        write what is there already, and a write that changes nothing would not be seen.
+        """
+        for name in self.names():
+            self.runner.compilation_config.static_forward_context[name].kv_cache.uniform_(-8, 8)
         self.totals = dict.fromkeys(
             (
                 "steps", "mixed_steps", "certain", "drafts", "accepted", "decode_rows",
@@ -50,13 +56,15 @@ class Audit:
         """The totals; see `_account`."""
         return dict(self.totals)
 
+    def names(self) -> list[str]:
+        """The target's layers; vLLM builds the target before the drafter."""
+        return list(self.runner.compilation_config.static_forward_context)[:NUM_TARGET_LAYERS]
+
     def caches(self) -> Tensor:
         """`[layers, slots, row]`, a copy as raw bits (NaN compares equal to itself)."""
         context = self.runner.compilation_config.static_forward_context
-        names = list(context)[:NUM_TARGET_LAYERS]
-        assert [name.split(".")[2] for name in names] == list("0123"), names
         rows = []
-        for name in names:
+        for name in self.names():
             cache = context[name].kv_cache.permute(0, 2, 1, 3)
             rows.append(cache.reshape(cache.shape[0] * cache.shape[1], -1))
         return torch.stack(rows).view(torch.int32)

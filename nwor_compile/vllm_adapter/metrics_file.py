@@ -1,0 +1,114 @@
+"""The file through which rank 0 of an engine shows its counters to the other processes.
+
+A page of JSON that never changes (what the numbers belong to), then int64 words: a few that Python
+counts, then the window's counter vector. A step writes the words into mapped memory; on CUDA the
+device does, as a copy that nobody waits for. Readers may therefore see a window half counted; each
+word is whole, and the next read is right.
+
+The file outlives its engine, so a report can be taken after shutdown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nwor_compile.metrics import Metrics, metrics_of
+from nwor_compile.window import Window
+
+PAGE = 4096
+HOST_WORDS = ("fallbacks", "vectorised")
+SUFFIX = ".nwor"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one engine's file says."""
+
+    engine: int
+    model: str
+    row_bytes: int
+    words: list[int]
+
+    def metrics(self) -> Metrics:
+        """The counters of this engine."""
+        return total([self])
+
+
+def total(snapshots: list[Snapshot]) -> Metrics:
+    """The counters of data-parallel engines together; rates are those of the sums."""
+    first = snapshots[0]
+    words = [sum(column) for column in zip(*(s.words for s in snapshots), strict=True)]
+    host = len(HOST_WORDS)
+    return metrics_of(
+        words[host:],
+        row_bytes=first.row_bytes,
+        unique_tokens=0,  # written between windows
+        **dict(zip(HOST_WORDS, words[:host], strict=True)),
+    )
+
+
+class SnapshotWriter:
+    """Writes one window's counters; lives in the worker of rank 0."""
+
+    def __init__(self, prefix: Path, window: Window, *, engine: int, model: str) -> None:
+        self.window = window
+        self.path = prefix.with_name(f"{prefix.name}-{engine}{SUFFIX}")
+        counters = window.tensors.counters
+        header = {
+            "engine": engine,
+            "model": model,
+            "row_bytes": window.row_bytes,
+        }
+        size = len(HOST_WORDS) + counters.numel()
+        page = json.dumps(header).encode().ljust(PAGE)
+        if len(page) != PAGE:
+            raise ValueError(f"the served model name is too long for a metrics file: {model[:80]}…")
+        # Readers find the old file or the new one, never a part of it.
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_bytes(page + bytes(8 * size))
+        os.replace(unfinished, self.path)
+        self._words = np.memmap(self.path, np.int64, "r+", offset=PAGE, shape=(size,))
+        self._counters = torch.from_numpy(self._words)[len(HOST_WORDS) :]
+        if counters.is_cuda:
+            _pin(self._words)
+        self.publish()
+
+    def publish(self) -> None:
+        """Write the counters as of the work enqueued so far. Waits for nothing."""
+        window = self.window
+        self._words[0] = window.fallbacks
+        self._words[1] = sum(window.validator.vectorised.values())
+        self._counters.copy_(window.tensors.counters, non_blocking=True)
+
+
+def read(path: Path) -> Snapshot:
+    """The file's numbers at this moment."""
+    content = path.read_bytes()
+    header: dict[str, Any] = json.loads(content[:PAGE])
+    return Snapshot(words=np.frombuffer(content, np.int64, offset=PAGE).tolist(), **header)
+
+
+def read_all(prefix: Path) -> list[Snapshot]:
+    """The engines whose files begin with `prefix`, in order; empty before the first one is up."""
+    found = [read(path) for path in prefix.parent.glob(f"{prefix.name}-*{SUFFIX}")]
+    return sorted(found, key=lambda snapshot: snapshot.engine)
+
+
+def _pin(words: np.ndarray) -> None:
+    """Let the device copy into the mapped file by itself; without it such a copy would wait.
+
+    Linux lets a device write to pages of a file in memory, and not of one on a disk.
+    """
+    code = torch.cuda.cudart().cudaHostRegister(words.ctypes.data, words.nbytes, 0)
+    if int(code) != 0:
+        raise RuntimeError(
+            f"cudaHostRegister of NWOR's metrics file failed with {int(code)}: expected a file in "
+            "memory. Unset NWOR_METRICS_DIR, or set it to a directory under /dev/shm"
+        )

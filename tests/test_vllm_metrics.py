@@ -1,0 +1,195 @@
+"""How the counters leave a vLLM engine, without vLLM: the file, the collector, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from window_support import ALL, SOME, Rig, rig
+
+from nwor_compile.metrics import GAUGES, Metrics
+from nwor_compile.vllm_adapter import metrics
+from nwor_compile.vllm_adapter.metrics_file import PAGE, SnapshotWriter, read, read_all
+from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process has an engine that was asked to stage."""
+    where = tmp_path / "engine"
+    monkeypatch.setenv(metrics.PREFIX_VARIABLE, str(where))
+    monkeypatch.setattr(metrics._collector, "model", "tiny")
+    return where
+
+
+@pytest.fixture
+def staging() -> Iterator[Rig]:
+    with rig(layers=3) as r:
+        yield r
+
+
+def writer(prefix: Path, r: Rig, engine: int = 0) -> SnapshotWriter:
+    return SnapshotWriter(prefix, r.window, engine=engine, model="tiny")
+
+
+def scrape() -> dict[str, dict[tuple[str, ...], float]]:
+    registry = CollectorRegistry()
+    registry.register(metrics._collector)
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in registry.collect():
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return found
+
+
+def test_the_file_holds_the_window_as_of_the_last_publication(prefix: Path, staging: Rig) -> None:
+    file = writer(prefix, staging)
+    assert read(file.path).metrics().nwor_windows == 0
+    staging.run(SOME)
+    assert read(file.path).metrics().nwor_windows == 0
+    file.publish()
+    assert read(file.path).metrics() == staging.window.metrics()
+
+
+def test_the_report_survives_the_window(prefix: Path) -> None:
+    with rig(layers=3) as r:
+        file = writer(prefix, r)
+        r.run(SOME)
+        file.publish()
+        expected = r.window.metrics()
+    del file
+    assert metrics.last_report() == expected
+
+
+def test_a_new_window_starts_from_zero(prefix: Path) -> None:
+    for _ in range(2):
+        with rig(layers=3) as r:
+            file = writer(prefix, r)
+            assert read(file.path).metrics().nwor_windows == 0
+            r.run(SOME)
+            file.publish()
+    report = metrics.last_report()
+    assert report is not None
+    assert report.nwor_windows == 1
+
+
+def test_the_collector_serves_every_metric_with_vllms_labels(prefix: Path, staging: Rig) -> None:
+    file = writer(prefix, staging)
+    staging.run(SOME)
+    file.publish()
+    served = scrape()
+    assert served.pop("vllm:nwor_active") == {("tiny",): 1}
+    values = staging.window.metrics().model_dump()
+    assert len(served) == len(values)
+    for name, value in values.items():
+        samples = served[f"vllm:{name}" if name in GAUGES else f"vllm:{name}_total"]
+        if isinstance(value, list):
+            assert samples == {("tiny", "0", str(k)): v for k, v in enumerate(value)}
+        else:
+            assert samples == {("tiny", "0"): value}
+
+
+def test_data_parallel_engines_are_told_apart_and_the_report_adds_them(
+    prefix: Path, staging: Rig
+) -> None:
+    first, second = writer(prefix, staging, 0), writer(prefix, staging, 1)
+    staging.run(SOME)
+    first.publish()
+    staging.run(ALL)
+    second.publish()
+    assert scrape()["vllm:nwor_total_staged_total"] == {("tiny", "0"): 9, ("tiny", "1"): 18}
+    report = metrics.last_report()
+    assert report is not None
+    assert report.nwor_total_staged == 27
+    assert report.nwor_acceptance_rate == report.nwor_total_committed / 27
+
+
+def test_an_engine_that_was_asked_to_stage_and_does_not_is_visible(prefix: Path) -> None:
+    assert scrape() == {"vllm:nwor_active": {("tiny",): 0}}
+    assert metrics.last_report() is None
+
+
+def test_nothing_is_served_where_staging_was_not_asked_for(
+    prefix: Path, staging: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are the counters of the engine before."""
+    writer(prefix, staging)
+    monkeypatch.delenv("VLLM_NWOR_MODE", raising=False)
+    metrics.serve(SimpleNamespace(additional_config={"nwor": {"mode": "off"}}))
+    assert scrape() == {}
+    assert metrics.last_report() is None
+
+
+def test_the_collector_survives_what_vllm_does_at_engine_start() -> None:
+    """vLLM unregisters every collector that has a `_name` beginning with `vllm:`."""
+    assert not hasattr(metrics._collector, "_name")
+
+
+def test_registering_twice_is_registering_once(prefix: Path, staging: Rig) -> None:
+    writer(prefix, staging)
+    registry = CollectorRegistry(auto_describe=True)
+    metrics._register(registry)
+    metrics._register(registry)
+    names = [family.name for family in registry.collect()]
+    assert len(names) == len(set(names)) == len(Metrics.model_fields) + 1
+
+
+def test_a_file_is_whole_or_not_there(prefix: Path, staging: Rig) -> None:
+    file = writer(prefix, staging)
+    assert len(read_all(prefix)) == 1
+    assert file.path.stat().st_size > PAGE
+    assert [path.name for path in prefix.parent.iterdir()] == ["engine-0.nwor"]
+
+
+class Worker:
+    """As much of vLLM's worker as the mix-in builds on; its step runs one window."""
+
+    def __init__(self, r: Rig, rank: int) -> None:
+        self.rig, self.rank = r, rank
+        self.nwor: Any = SimpleNamespace(window=r.window)
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_index=3, data_parallel_rank=0),
+            model_config=SimpleNamespace(served_model_name="tiny"),
+        )
+
+    def compile_or_warm_up_model(self) -> float:
+        return 1.5
+
+    def sample_tokens(self, grammar: Any) -> str:
+        self.rig.run(SOME)
+        return f"sampled {grammar}"
+
+    def shutdown(self) -> None:
+        self.nwor = None
+
+
+class PublishingWorker(PublishesMetrics, Worker):
+    pass
+
+
+def test_rank_0_alone_publishes(prefix: Path, staging: Rig) -> None:
+    """Every tensor-parallel rank commits the same rows: they count once."""
+    workers = [PublishingWorker(staging, rank) for rank in (0, 1)]
+    for worker in workers:
+        assert worker.compile_or_warm_up_model() == 1.5
+    assert workers[1].sample_tokens("x") == "sampled x"
+    assert [each.metrics().nwor_windows for each in read_all(prefix)] == [0]
+    workers[0].sample_tokens(None)
+    (found,) = read_all(prefix)
+    assert found.engine == 3
+    assert found.metrics() == staging.window.metrics()
+    for worker in workers:
+        worker.shutdown()
+    assert metrics.last_report() == staging.window.metrics()
+
+
+def test_a_worker_without_the_variable_says_so(
+    staging: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(metrics.PREFIX_VARIABLE, raising=False)
+    PublishingWorker(staging, 0).compile_or_warm_up_model()
+    assert "collective_rpc('nwor_metrics')" in caplog.text

@@ -1,0 +1,266 @@
+"""The runner's hooks on a fake V1 runner, and the pass in vLLM's own cache key. No engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nwor_compile.config import NworConfig
+from nwor_compile.errors import ConfigError
+from nwor_compile.window import State
+
+pytestmark = pytest.mark.vllm
+
+BLOCKS, HEADS, BLOCK, SIZE = 4, 2, 32, 8
+
+_open_hooks: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    while _open_hooks:
+        _open_hooks.pop().close()
+
+
+class Staged:
+    """An attention implementation that can stage."""
+
+    def stage_kv(self) -> None: ...
+
+
+def layer(shared: str | None = None, impl: Any = None) -> Any:
+    return SimpleNamespace(
+        impl=impl or Staged(),
+        kv_cache=torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE),
+        kv_sharing_target_layer_name=shared,
+    )
+
+
+class Runner:
+    """What of a V1 runner the hooks touch."""
+
+    def __init__(self, config: Any, drafter: Any = None) -> None:
+        self.config = config
+        if drafter is not None:
+            self.drafter = drafter
+        self.query_start_loc = SimpleNamespace(gpu=torch.tensor([0, 3, 5]))
+        self.fail = ""
+        self.sampled = torch.tensor([[7, 8, 9], [5, -1, -1]])
+
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False) -> None: ...
+
+    def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_tokens: Any) -> Any:
+        return SimpleNamespace(
+            cu_num_draft_tokens=torch.tensor(num_draft_tokens).cumsum(0),
+            draft_token_ids=torch.tensor([7, 8, 6]),
+        )
+
+    def _model_forward(self, input_ids: Any = None, positions: Any = None) -> str:
+        if self.fail == "forward":
+            raise RuntimeError("forward")
+        return "hidden"
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        if self.fail == "sample":
+            raise RuntimeError("sample")
+        return SimpleNamespace(sampled_token_ids=self.sampled.clone())
+
+
+def config_of(context: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=context),
+        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
+        speculative_config=SimpleNamespace(num_speculative_tokens=2),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )
+
+
+class Drafter:
+    """Adds its layers when it is loaded, as vLLM's drafters do."""
+
+    def __init__(self, context: dict[str, Any], layers: dict[str, Any]) -> None:
+        self.context, self.layers = context, layers
+
+    def load_model(self, target: Any) -> None:
+        self.context.update(self.layers)
+
+
+def hooked(
+    drafter_layers: dict[str, Any] | None = None,
+    target: dict[str, Any] | None = None,
+    strict: bool = True,
+) -> tuple[Runner, Any]:
+    from nwor_compile.vllm_adapter.runner import RunnerHooks
+
+    context = target or {f"model.layers.{i}.attn": layer() for i in range(2)}
+    config = config_of(context)
+    runner = Runner(config, Drafter(context, drafter_layers or {}))
+    hooks = RunnerHooks(runner, config, NworConfig(mode="stage", strict=strict))
+    _open_hooks.append(hooks)
+    runner.drafter.load_model(None)
+    return runner, hooks
+
+
+def groups(context: dict[str, Any]) -> Any:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(context))])
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begin a step of 1 + 2 drafts and 1 + 1 drafts."""
+    from nwor_compile.vllm_adapter import runner as module
+
+    def begin(runner: Runner) -> Any:
+        slots = dict.fromkeys(
+            runner.config.compilation_config.static_forward_context, torch.arange(32, 37)
+        )
+        monkeypatch.setattr(
+            module, "get_forward_context", lambda: SimpleNamespace(slot_mapping=slots)
+        )
+        metadata = runner._calc_spec_decode_metadata([2, 1], [3, 5])
+        runner._model_forward()
+        return metadata
+
+    return begin
+
+
+def test_more_drafter_layers_than_the_target_has_numbered_after_it() -> None:
+    """The old failure: "staged tokens 0 < accepted 6 for layer 32"."""
+    extra = {f"model.layers.{i}.attn": layer() for i in range(2, 7)}
+    runner, hooks = hooked(extra)
+    runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
+    assert hooks.window.layer_names == ("model.layers.0.attn", "model.layers.1.attn")
+
+
+def test_layers_that_share_the_targets_cache_have_no_staging_of_their_own() -> None:
+    target = {"a.0": layer(), "a.1": layer(shared="a.0")}
+    runner, hooks = hooked(target=target)
+    runner.initialize_kv_cache(groups(target))
+    assert hooks.window.layer_names == ("a.0",)
+
+
+def test_a_drafter_that_reads_the_targets_cache_is_refused() -> None:
+    runner, _ = hooked({"draft.0": layer(shared="model.layers.1.attn")})
+    with pytest.raises(ConfigError, match=r"draft\.0 reads the target's cache"):
+        runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
+
+
+def test_a_backend_that_cannot_stage_is_refused_or_runs_direct() -> None:
+    target = {"a.0": layer(impl=object())}
+    runner, _ = hooked(target=target)
+    with pytest.raises(ConfigError, match=r"layer a\.0: object cannot read staged rows"):
+        runner.initialize_kv_cache(groups(target))
+    runner, hooks = hooked(target=target, strict=False)
+    runner.initialize_kv_cache(groups(target))
+    assert hooks.window is None
+    assert runner._model_forward() == "hidden"
+
+
+def test_a_runner_of_another_shape_is_refused() -> None:
+    from nwor_compile.vllm_adapter.runner import RunnerHooks
+
+    with pytest.raises(ConfigError, match="does not know this model runner"):
+        RunnerHooks(SimpleNamespace(), config_of({}), NworConfig())
+
+
+def test_profiling_caches_get_no_window() -> None:
+    runner, hooks = hooked()
+    context = runner.config.compilation_config.static_forward_context
+    runner.initialize_kv_cache(groups(context), is_profiling=True)
+    assert hooks.window is None
+
+
+def test_a_model_that_ran_without_a_staged_write_is_refused() -> None:
+    runner, hooks = hooked()
+    runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
+    with pytest.raises(ConfigError, match="no staged write ran"):
+        hooks.warmed_up()
+
+
+def opened(runner: Runner, hooks: Any) -> Any:
+    runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
+    return hooks.window
+
+
+def stage_all(window: Any) -> None:
+    """As if every layer had staged its three draft rows."""
+    window.tensors.state[:, 0] = 3
+
+
+def test_a_step_commits_what_was_sampled(step: Any) -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    metadata = step(runner)
+    assert window.state is State.OPEN
+    stage_all(window)
+    output = runner._sample(None, metadata)
+    assert window.state is State.IDLE
+    assert output.sampled_token_ids.tolist() == runner.sampled.tolist()
+    counters = window.metrics()
+    assert (counters.nwor_total_staged, counters.nwor_total_committed) == (3, 2)
+    assert counters.nwor_error_windows == 0
+
+
+def test_an_error_leaves_the_first_sampled_tokens_alone(step: Any) -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    metadata = step(runner)
+    stage_all(window)
+    window.tensors.error.fill_(1)
+    output = runner._sample(None, metadata)
+    assert output.sampled_token_ids.tolist() == [[7, -1, -1], [5, -1, -1]]
+    assert window.metrics().nwor_total_committed == 0
+
+
+@pytest.mark.parametrize("place", ["forward", "sample"])
+def test_a_step_that_raises_leaves_no_window_open(step: Any, place: str) -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    runner.fail = place
+    with pytest.raises(RuntimeError, match=place):
+        runner._sample(None, step(runner))
+    assert window.state is State.IDLE
+    assert (window.tensors.routing.row_map == -1).all()
+
+
+def test_a_step_that_never_sampled_is_aborted_by_the_next(step: Any) -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    step(runner)
+    stage_all(window)
+    metadata = step(runner)
+    stage_all(window)
+    runner._sample(None, metadata)
+    assert window.metrics().nwor_windows == 1
+
+
+def test_a_forward_without_metadata_opens_no_window() -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    runner._model_forward()
+    assert window.state is State.IDLE
+
+
+def test_the_pass_and_its_sources_are_in_vllms_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationConfig
+
+    from nwor_compile.passes.layer_ops import LayerOps
+    from nwor_compile.vllm_adapter import graph_pass
+    from nwor_compile.vllm_adapter.configure import PASS_SLOT
+
+    def key(options: dict[str, Any]) -> str:
+        return CompilationConfig(inductor_compile_config=options).compute_hash()
+
+    def with_pass() -> dict[str, Any]:
+        return {PASS_SLOT: graph_pass.VllmNworPass(LayerOps(), strict=True)}
+
+    plain, one, two = key({}), key(with_pass()), key(with_pass())
+    assert plain != one
+    assert one == two
+    monkeypatch.setattr(graph_pass, "sources_hash", lambda: "edited")
+    assert key(with_pass()) != one
