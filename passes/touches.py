@@ -170,7 +170,8 @@ def _is_write_back(node: Node, aliases: Aliases) -> bool:
     op = overload_of(node.target) if node.op == "call_function" else None
     if op is None or op.name() != "aten::copy_":
         return False
-    target, source = node.args[:2]
+    given = arguments(node)
+    target, source = given.get("self"), given.get("src")
     if not isinstance(target, Node) or not isinstance(source, Node) or target.op != "placeholder":
         return False
     one, other = view_of(target), view_of(source)

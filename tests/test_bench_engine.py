@@ -400,6 +400,16 @@ def test_a_disagreement_of_the_counts_is_noted() -> None:
     assert "vLLM scheduled 41 rows, NWOR counted 40" in str(result.notes)
 
 
+def test_repeats_with_different_tokens_are_noted() -> None:
+    options, _ = load_options({}, batches=1, repeats=2, scv_modes="graph")
+    rows = rows_of("off", None, {0: [1.0], 1: [1.0]}) + rows_of("stage", "graph", {0: [1.0]})
+    assert conclude(options, "nwor bench engine", [], rows, []).notes == []
+    assert rows[0].figures is not None
+    rows[0].figures.tokens_hash = "other"
+    notes = conclude(options, "nwor bench engine", [], rows, []).notes
+    assert notes[0].startswith("off: repeats of the same requests with the same seeds gave")
+
+
 def test_tables_markdown_json_and_plot(tmp_path: Path) -> None:
     harness = Harness(tmp_path, scv_modes="off,graph")
     harness.fails[HOST] = {"start": EngineError("ValueError: a | b [bold]")}
@@ -454,6 +464,9 @@ def test_serve_answers_failures_and_goes_on() -> None:
             if command["batch"] == 0:
                 raise ValueError("no")
             return {"seconds": 1.0}
+
+        def stop(self, command: dict[str, Any]) -> dict[str, Any]:
+            return {}
 
     lines = [{"op": "batch", "batch": 0}, {"op": "batch", "batch": 1}, {"op": "stop"}]
     answers = io.StringIO()

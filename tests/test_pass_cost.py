@@ -23,7 +23,8 @@ def layers_graph(layers: int, form: str, stray: bool) -> Graph:
     step = b.step()
     caches = [b.caches(f"layer{index}_") for index in range(layers)]
     stranger = b.input("stranger", 4)
-    written, hidden = [], step.query
+    written: list[tuple[Node, Node]] = []
+    hidden = step.query
     for pair in caches:
         now = b.write(step, *pair, form)
         written += zip(pair, now, strict=True)

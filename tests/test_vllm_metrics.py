@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 from window_support import ALL, SOME, Rig, rig
 
 from nwor_compile.metrics import GAUGES, Metrics
@@ -131,11 +132,19 @@ def test_the_collector_survives_what_vllm_does_at_engine_start() -> None:
 
 def test_registering_twice_is_registering_once(prefix: Path, staging: Rig) -> None:
     writer(prefix, staging)
-    registry = CollectorRegistry(auto_describe=True)
-    metrics._register(registry)
-    metrics._register(registry)
-    names = [family.name for family in registry.collect()]
+    for _ in range(2):
+        metrics._register()
+    names = [family.name for family in REGISTRY.collect() if family.name.startswith("vllm:")]
     assert len(names) == len(set(names)) == len(Metrics.model_fields) + 1
+
+
+def test_several_api_servers_serve_it_too(prefix: Path, staging: Rig, tmp_path: Path) -> None:
+    """Each scrape of theirs makes a registry with nothing but a MultiProcessCollector."""
+    writer(prefix, staging)
+    metrics._register()
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    assert registry.get_sample_value("vllm:nwor_active", {"model_name": "tiny"}) == 1
 
 
 def test_a_file_is_whole_or_not_there(prefix: Path, staging: Rig) -> None:

@@ -83,7 +83,10 @@ def bench_engine(
     ] = False,
     synthetic_acceptance_length: Annotated[
         float | None,
-        typer.Option(help="Accept so many tokens a step (1 to drafts + 1), whatever is drafted."),
+        typer.Option(
+            help="Accept so many tokens a step (1 to drafts + 1), whatever is drafted. vLLM 0.32 "
+            "refuses it on a CPU."
+        ),
     ] = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Seeds, separated by commas.")

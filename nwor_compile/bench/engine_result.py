@@ -138,7 +138,7 @@ def conclude(
     """Put the result together."""
     engines = options.engines()
     rows = [row for row in rows if row.engine in engines]
-    notes = notes + _session_notes(rows) + _count_notes(rows)
+    notes = notes + _session_notes(rows) + _count_notes(rows) + _token_notes(rows)
     target, drafter = options.names()
     return EngineResult(
         command=command,
@@ -265,6 +265,21 @@ def _session_notes(rows: list[Row]) -> list[str]:
     return [
         f"rows of {len(sessions)} sessions ({', '.join(sessions)}): a ratio may compare rows that "
         "were not measured in turns"
+    ]
+
+
+def _token_notes(rows: list[Row]) -> list[str]:
+    """Engines whose repeats of the same requests and seed gave different tokens."""
+    hashes: dict[Any, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.figures is not None:
+            hashes[row.engine, row.seed, row.batch].add(row.figures.tokens_hash)
+    unsteady = dict.fromkeys(key[0].label for key, found in hashes.items() if len(found) > 1)
+    if not unsteady:
+        return []
+    return [
+        f"{', '.join(unsteady)}: repeats of the same requests with the same seeds gave different "
+        "tokens, so engines compare over many rows only (at --temperature 0 token for token)"
     ]
 
 

@@ -96,6 +96,12 @@ class Worker:
         seconds = time.perf_counter() - begin
         return self._figures(outputs, seconds, before).model_dump()
 
+    def stop(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Shut the engine down in order; whoever waits too long for this ends the process."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        return {}
+
     def _figures(self, outputs: Any, seconds: float, before: dict[str, Any]) -> Figures:
         after = self._counters()
         spec = {name: after["spec"][name] - before["spec"][name] for name in before["spec"]}
@@ -219,8 +225,7 @@ def serve(commands: TextIO, answers: TextIO, worker: Any) -> None:
         command = json.loads(line)
         operation = command.pop("op")
         try:
-            result = {} if operation == "stop" else getattr(worker, operation)(command)
-            answer = {"ok": True, **result}
+            answer = {"ok": True, **getattr(worker, operation)(command)}
         # Every failure is the answer: the parent reports it and goes on with the other engines.
         except Exception as error:  # noqa: BLE001
             traceback.print_exc()
@@ -236,9 +241,6 @@ def main() -> None:
     os.dup2(2, 1)
     serve(sys.stdin, answers, Worker())
     answers.close()
-    sys.stderr.flush()
-    # vLLM's threads may hold an orderly exit up; every figure has been handed over.
-    os._exit(0)
 
 
 if __name__ == "__main__":

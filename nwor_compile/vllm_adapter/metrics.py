@@ -7,32 +7,31 @@ The file's prefix travels in the environment: set by the process that makes the 
 configuration, inherited by its workers and, with `--api-server-count`, by the other API servers.
 Two things about vLLM shape the collector: at engine start it unregisters every collector whose
 `_name` starts with `vllm:` (a custom collector has no `_name` and stays), and with several API
-servers /metrics is served from a registry of its own, so `get_prometheus_registry` is wrapped.
+servers each scrape makes a registry that holds a `MultiProcessCollector` alone, which adds up files
+of prometheus_client's own; so that class is made to hand out these families too.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
-import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from nwor_compile.metrics import GAUGES, Metrics
 from nwor_compile.vllm_adapter.metrics_file import Snapshot, read_all, total
 from nwor_compile.vllm_adapter.settings import requested
-
-log = logging.getLogger("nwor_compile")
 
 PREFIX_VARIABLE = "NWOR_METRICS_PREFIX"
 """Set by this module: directory and start of the name of this engine's files."""
@@ -41,8 +40,6 @@ DIRECTORY_VARIABLE = "NWOR_METRICS_DIR"
 a temporary one, which goes with the process that started the engine."""
 
 _WRAPPED = "_nwor_wrapped"
-# Modules that hold vLLM's function by name.
-_REGISTRY_USERS = ("vllm.v1.metrics.prometheus", "vllm.entrypoints.serve.instrumentator.metrics")
 
 
 def serve(config: Any) -> None:
@@ -59,8 +56,7 @@ def serve(config: Any) -> None:
     if not (_is_one_of_several(config.parallel_config) and PREFIX_VARIABLE in os.environ):
         name = f"{os.getpid()}-{time.time_ns()}"
         os.environ[PREFIX_VARIABLE] = str(_directory() / name)
-    _register(REGISTRY)
-    _wrap_registry()
+    _register()
 
 
 def snapshots() -> list[Snapshot]:
@@ -121,32 +117,20 @@ def _describe(name: str) -> str:
 _collector = NworEngineCollector()
 
 
-def _register(registry: CollectorRegistry) -> None:
-    try:
-        registry.register(_collector)
-    except ValueError:  # it is there already
-        log.debug("NWOR's collector is registered already")
-
-
-def _wrap_registry() -> None:
-    """Put the collector into the registry that each API server makes when there are several."""
-    from vllm.v1.metrics import prometheus
-
-    original = prometheus.get_prometheus_registry
-    if getattr(original, _WRAPPED, False):
+def _register() -> None:
+    """Put the collector where a scrape finds it, with one API server and with several; once."""
+    with contextlib.suppress(ValueError):  # "Duplicated timeseries": it is there already
+        REGISTRY.register(_collector)
+    collect = MultiProcessCollector.collect
+    if getattr(collect, _WRAPPED, False):
         return
 
-    @functools.wraps(original)
-    def get_prometheus_registry() -> CollectorRegistry:
-        registry = original()
-        if registry is not REGISTRY:
-            _register(registry)
-        return registry
+    @functools.wraps(collect)
+    def collect_all(self: MultiProcessCollector) -> list[Metric]:
+        return [*collect(self), *_collector.collect()]
 
-    setattr(get_prometheus_registry, _WRAPPED, True)
-    for name in _REGISTRY_USERS:
-        if name in sys.modules:
-            sys.modules[name].get_prometheus_registry = get_prometheus_registry  # type: ignore[attr-defined]
+    setattr(collect_all, _WRAPPED, True)
+    MultiProcessCollector.collect = collect_all  # type: ignore[method-assign]
 
 
 def _is_one_of_several(parallel: Any) -> bool:

@@ -45,14 +45,6 @@ class PublishesMetrics(_Worker):
         self._publish()
         return result
 
-    def shutdown(self) -> None:
-        """Print the last window, if windows are logged, and the last numbers."""
-        window = self._window()
-        if window is not None:
-            window.flush_log()
-            self._publish()
-        super().shutdown()
-
     def _window(self) -> Any:
         return None if self.nwor is None else self.nwor.window
 

@@ -1,4 +1,4 @@
-"""The `vllm.general_plugins` entry point: one hook on the configuration, nothing else.
+"""The `vllm.general_plugins` entry point: one hook on the configuration, and no other.
 
 vLLM calls `register` in every process. It wraps `EngineArgs.create_engine_config`; only when the
 flag is set does the wrapper change the configuration it returns: the graph pass and the worker
@@ -34,7 +34,6 @@ def register() -> None:
         from nwor_compile.vllm_adapter.configure import configure
         from nwor_compile.vllm_adapter.metrics import serve
 
-        _announce_variables()
         _forget_backend()
         config = configure(create(self, *args, **kwargs))
         serve(config)
@@ -42,16 +41,21 @@ def register() -> None:
 
     setattr(create_engine_config, _WRAPPED, True)
     EngineArgs.create_engine_config = create_engine_config
+    _announce_variables()
 
 
 def _announce_variables() -> None:
-    """Tell vLLM that these variables are known, or it warns of each."""
+    """Tell vLLM that these variables are known, or it warns of each.
+
+    vLLM hashes every variable that it knows into its compile-cache key. What changes the graph gets
+    there through `additional_config`; the rest must not. So all it ever reads here is None.
+    """
     from vllm import envs
 
     from nwor_compile.config import ENVIRONMENT
 
     for variable in ENVIRONMENT.values():
-        envs.environment_variables.setdefault(variable, functools.partial(_read, variable))
+        envs.environment_variables.setdefault(variable, _nothing)
 
 
 def _forget_backend() -> None:
@@ -61,7 +65,5 @@ def _forget_backend() -> None:
         backend.forget()
 
 
-def _read(variable: str) -> str | None:
-    import os
-
-    return os.environ.get(variable)
+def _nothing() -> None:
+    return None

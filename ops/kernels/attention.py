@@ -1,11 +1,14 @@
 """Launchers of `paged_attention` and `verify_attention`: flash decoding over a paged cache.
 
 A program serves a tile of tokens of one request and one KV head, the query heads that share it
-packed into the rows of the tile, and walks a share of the KV positions. Rows of the tail
-`[seq_len - num_drafts, seq_len)` are fetched through another pointer, chosen per row before the
-load; what follows does not know where a row came from. So `verify_attention` equals
-`paged_attention` over a cache that holds the same rows bit for bit: same plan, same tiles, same
-order.
+packed into the rows of the tile, and walks a share of the KV positions: first the tiles that every
+token sees whole in the cache, without masks; then the last one or two, where a row of the tail
+`[seq_len - num_drafts, seq_len)` is fetched through another pointer, chosen before the load.
+
+NOTE [same bits]: `verify_attention` equals `paged_attention` over a cache that holds the same rows
+bit for bit. Both take the same plan, tiles and order, and what follows a load does not know where a
+row came from. They may disagree on which tiles are whole: masking nothing changes no bit, because
+the compiler may not fuse a multiplication and an addition here and not there (`enable_fp_fusion`).
 
 NOTE [zero-filled V]: rows that no token of the tile can see are never loaded (they may hold
 poison; 0 x NaN is NaN). A row that a later token of the tile sees is loaded for all of them: NaN
@@ -63,6 +66,15 @@ def _find_request(
 
 
 @triton.jit
+def _share(first, last, split, splits):
+    """Share `split` of the KV tiles `[first, last)`: even, and the last share is not the larger,
+    because the tail is in it."""
+    tiles = tl.maximum(last - first, 0)
+    from_tile = first + (tiles * split + splits - 1) // splits
+    return from_tile, first + (tiles * (split + 1) + splits - 1) // splits
+
+
+@triton.jit
 def _blocks(table, s_column, tile, width, last, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The cache block of each position of a KV tile; 0 past the `width` of the table.
 
@@ -82,7 +94,7 @@ def _rows(
     cache, staged, block, p, wanted, tail, prefix, drafts,
     BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile `[N, D]` of K or V at positions `p`, with TAIL that of drafts from staging."""
+    """Rows `[N, D]` of K or V at positions `p`; with TAIL, those of drafts from staging."""
     N: tl.constexpr = p.shape[0]
     base, s_block, s_offset, element = cache
     # Whole blocks: the place in a block is the same for every tile, so it leaves the loop.
@@ -110,6 +122,19 @@ def _operand(rows, FP8: tl.constexpr, like: tl.constexpr):
 
 
 @triton.jit
+def _accumulate(score, v, best, total, acc, precision: tl.constexpr):
+    """Online softmax: the running maximum, sum and weighted V after the scores of one more tile."""
+    new_best = tl.maximum(best, tl.max(score, axis=1))
+    # A row that has seen nothing keeps -inf; subtract 0 there, or -inf - -inf is NaN.
+    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
+    shrink = tl.exp2(best - finite)
+    weight = tl.exp2(score - finite[:, None])
+    total = total * shrink + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
+    return new_best, total, acc
+
+
+@triton.jit
 def _step(
     q, best, total, acc, tile, block, key, value, staged_key, staged_value,
     tail, prefix, drafts, position, first_seen, high, scale, softcap,
@@ -129,9 +154,7 @@ def _step(
         seen &= p[None, :] > position[:, None] - WINDOW
     masked: tl.constexpr = not WHOLE or WINDOW > 0
     some: tl.constexpr = masked or D != D_PAD
-    k = _rows(
-        key, staged_key, block, p, wanted, tail, prefix, drafts, BLOCK_SIZE, TAIL, some, WIDE
-    )
+    k = _rows(key, staged_key, block, p, wanted, tail, prefix, drafts, BLOCK_SIZE, TAIL, some, WIDE)
     v = _rows(
         value, staged_value, block, p, wanted, tail, prefix, drafts, BLOCK_SIZE, TAIL, some, WIDE
     )
@@ -147,16 +170,26 @@ def _step(
 
 
 @triton.jit
-def _accumulate(score, v, best, total, acc, precision: tl.constexpr):
-    """Online softmax: the running maximum, sum and weighted V after the scores of one more tile."""
-    new_best = tl.maximum(best, tl.max(score, axis=1))
-    # A row that has seen nothing keeps -inf; subtract 0 there, or -inf - -inf is NaN.
-    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
-    shrink = tl.exp2(best - finite)
-    weight = tl.exp2(score - finite[:, None])
-    total = total * shrink + tl.sum(weight, axis=1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=precision)
-    return new_best, total, acc
+def _walk(
+    q, best, total, acc, block, first, last, table, s_column, width, last_block,
+    key, value, staged_key, staged_value, tail, prefix, drafts, position, first_seen, high,
+    scale, softcap,
+    D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr, TAIL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Attend to KV tiles `[first, last)`; `block` has the blocks of the first."""
+    # Of tiles that are not whole there are one or two: not worth a pipeline.
+    for tile in tl.range(first, last, num_stages=None if WHOLE else 1):
+        # Loaded one tile ahead: the address of a row must not wait for its block.
+        this = block
+        block = _blocks(table, s_column, tile + 1, width, last_block, N, BLOCK_SIZE)
+        best, total, acc = _step(
+            q, best, total, acc, tile, this, key, value, staged_key, staged_value,
+            tail, prefix, drafts, position, first_seen, high, scale, softcap,
+            D, D_PAD, N, BLOCK_SIZE, WHOLE, TAIL, WINDOW, SOFTCAP, FP8, WIDE,
+        )  # fmt: skip
+    return best, total, acc, block
 
 
 @triton.jit
@@ -168,11 +201,10 @@ def _store_out(out, acc, mask, EXACT_BF16: tl.constexpr):
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
-@triton.jit(
-    do_not_specialize=[
-        "tokens", "requests", "splits", "table_width", "blocks", "staging_rows", "s_table",
-    ]  # fmt: skip
-)
+_COUNTS = ["tokens", "requests", "splits", "table_width", "blocks", "staging_rows", "s_table"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _attention_kernel(
     query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
     query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max, part_sum,
@@ -186,8 +218,7 @@ def _attention_kernel(
     X: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, TAIL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr,
-    UPCAST: tl.constexpr, EXACT_BF16: tl.constexpr,
-    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr, EXACT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Query tile i, share s of its KV tiles, KV head h: program (i * splits + s) * KV heads + h."""
     PER: tl.constexpr = M // GROUP  # tokens of a tile
@@ -218,23 +249,17 @@ def _attention_kernel(
     token = first_token + m // GROUP
     real = (token < end) & (token < tokens) & (m < PER * GROUP)
     head = kv_head * GROUP + m % GROUP
-    # The KV tiles that some token of the tile sees, and this program's share of them.
     first_position = length - end + first_token
     high = tl.minimum(length - end + tl.minimum(first_token + PER, end), length)
     high = tl.where(owned & (first_token < end), high, 0)
-    high = tl.minimum(high, table_width * BLOCK_SIZE)
+    high = tl.minimum(high, table_width * BLOCK_SIZE)  # past the last position that is seen
     # Position of a token: the last one of the request is at length - 1. Padding sees nothing.
     position = tl.minimum(length - end + token, high - 1)
     position = tl.where(real & owned, position, -1)
     first_seen = 0
     if WINDOW > 0:
         first_seen = tl.maximum(first_position - WINDOW + 1, 0)
-    low = first_seen // N
-    high_tile = (tl.maximum(high, 0) + N - 1) // N
-    # Even shares, rounded so that the last one, which waits for the tail, is no larger than others.
-    tiles = tl.maximum(high_tile - low, 0)
-    from_tile = low + (tiles * split + splits - 1) // splits
-    to_tile = low + (tiles * (split + 1) + splits - 1) // splits
+    from_tile, to_tile = _share(first_seen // N, (tl.maximum(high, 0) + N - 1) // N, split, splits)
     # Of them, the tiles that lie in the cache and that every token sees to their last row.
     whole_tile = tl.maximum(tl.minimum(length - drafts, first_position + 1), 0) // N
     whole_tile = tl.minimum(tl.maximum(whole_tile, from_tile), to_tile)
@@ -256,29 +281,23 @@ def _attention_kernel(
            element_offset(d, kc_outer, kc_inner, D, X))  # fmt: skip
     value = (value_cache + kv_head * vc_head, vc_block, vc_offset,
              element_offset(d, 0, vc_inner, D, D))  # fmt: skip
-    key_tail = (staged_key + kv_head * sk_head, sk_row, d * sk_d, staging_rows)
-    value_tail = (staged_value + kv_head * sv_head, sv_row, d * sv_d, staging_rows)
+    key_tail = (staged_key + kv_head * sk_head, sk_row, d.to(tl.int64) * sk_d, staging_rows)
+    value_tail = (staged_value + kv_head * sv_head, sv_row, d.to(tl.int64) * sv_d, staging_rows)
     table = block_table + request.to(tl.int64) * s_table
     width = tl.where(from_tile < to_tile, table_width, 0)
-    # Loaded one tile ahead: a row's address must not wait for its block.
     block = _blocks(table, s_column, from_tile, width, blocks - 1, N, BLOCK_SIZE)
-    for kv_tile in range(from_tile, whole_tile):
-        this = block
-        block = _blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
-        best, total, acc = _step(
-            q, best, total, acc, kv_tile, this, key, value, key_tail, value_tail,
-            tail, length - drafts, drafts, position, first_seen, high, scale, softcap,
-            D, D_PAD, N, BLOCK_SIZE, True, False, WINDOW, SOFTCAP, FP8, WIDE,
-        )  # fmt: skip
-    # One tile or two: not worth a pipeline.
-    for kv_tile in tl.range(whole_tile, to_tile, num_stages=1):
-        this = block
-        block = _blocks(table, s_column, kv_tile + 1, width, blocks - 1, N, BLOCK_SIZE)
-        best, total, acc = _step(
-            q, best, total, acc, kv_tile, this, key, value, key_tail, value_tail,
-            tail, length - drafts, drafts, position, first_seen, high, scale, softcap,
-            D, D_PAD, N, BLOCK_SIZE, False, TAIL, WINDOW, SOFTCAP, FP8, WIDE,
-        )  # fmt: skip
+    best, total, acc, block = _walk(
+        q, best, total, acc, block, from_tile, whole_tile, table, s_column, width, blocks - 1,
+        key, value, key_tail, value_tail, tail, length - drafts, drafts, position, first_seen, high,
+        scale, softcap,
+        D, D_PAD, N, BLOCK_SIZE, True, False, WINDOW, SOFTCAP, FP8, WIDE,
+    )  # fmt: skip
+    best, total, acc, block = _walk(
+        q, best, total, acc, block, whole_tile, to_tile, table, s_column, width, blocks - 1,
+        key, value, key_tail, value_tail, tail, length - drafts, drafts, position, first_seen, high,
+        scale, softcap,
+        D, D_PAD, N, BLOCK_SIZE, False, TAIL, WINDOW, SOFTCAP, FP8, WIDE,
+    )  # fmt: skip
 
     if V_SCALED:
         acc = acc * tl.load(v_scale + kv_head * s_v_scale)
@@ -346,7 +365,7 @@ def _shared_memory(index: int | None) -> int:
     """Bytes of shared memory that a program may have."""
     if index is None:
         return 2**17
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _is_wide(cache: Tensor) -> bool:
@@ -358,15 +377,16 @@ def _is_wide(cache: Tensor) -> bool:
 def _splits(programs: int, processors: int) -> int:
     """Into how many shares the KV of each of `programs` goes, for them to fill the device.
 
-    Two programs run on a multiprocessor at a time. Measured on an H200 (5-row spans, bf16): while
-    all run at once, 1.5 a multiprocessor are best; beyond that, what matters is how full the last
-    round is, and a program costs about an eighth of what the KV of a request of 2048 does.
+    Two programs run on a multiprocessor at a time. Measured on an H200 (5-row spans, bf16): as many
+    shares as run at once are best; where the programs alone are more than that, what matters is how
+    full the last round is, and a program costs an eighth of what the KV of a request of 2048 does.
     """
+    at_once = 2 * processors
     if programs <= processors:
-        return min(round(1.5 * processors / programs), 64)
+        return min(at_once // programs, 32)
 
     def time(splits: int) -> float:
-        return triton.cdiv(programs * splits, 2 * processors) * (1 / splits + 1 / 8)
+        return triton.cdiv(programs * splits, at_once) * (1 / splits + 1 / 8)
 
     return min((1, 2, 3), key=time)
 
@@ -383,7 +403,7 @@ def plan(
     tiles = max(min(requests, tokens), triton.cdiv(tokens, m // group))
     programs = max(1, kv_heads * tiles)
     n = 32 if pad > 128 or itemsize == 4 else 64
-    splits = min(_splits(programs, processors), triton.cdiv(context, n))
+    splits = min(_splits(programs, processors), max(1, triton.cdiv(context, n)))
     # K and V of a tile are loaded two tiles ahead, where shared memory holds three.
     stages = (shared - m * (pad + n) * itemsize) // (2 * n * pad * itemsize)
     merge_warps = max(1, triton.next_power_of_2(splits) * pad // 4096)
@@ -452,8 +472,8 @@ def verify_attention(
             query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
             query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max,
             part_sum,
-            tokens, requests, p.splits, block_table.shape[1], key_cache.shape[0], staged_key.shape[0],
-            float(scale), float(softcap),
+            tokens, requests, p.splits, block_table.shape[1], key_cache.shape[0],
+            staged_key.shape[0], float(scale), float(softcap),
             *query.stride(), *k_strides[:5], *v_strides[:3], v_strides.inner, *staged_strides,
             *block_table.stride(), seq_lens.stride(0), query_start_loc.stride(0),
             0 if num_drafts is None else num_drafts.stride(0),
@@ -463,7 +483,8 @@ def verify_attention(
             WINDOW=sliding_window, SOFTCAP=softcap > 0, FP8=fp8,
             K_SCALED=fp8 > 0 and k_scale is not None, V_SCALED=fp8 > 0 and v_scale is not None,
             TAIL=tail, M=p.m, N=p.n, SPLIT=p.splits > 1,
-            R=128 if requests < 128 else 1024,
+            # Up to 32 a warp counts alone; few sizes, as each is compiled.
+            R=32 if requests < 32 else 128 if requests < 128 else 1024,
             UPCAST=upcast, EXACT_BF16=exact_bf16,
             WIDE=wide,
             num_warps=p.warps, num_stages=p.stages, enable_fp_fusion=False,

@@ -95,7 +95,7 @@ class Harness:
         before, counted = self.vllm_counters(), self.nwor_counters()
         if name != "prefix_hits":
             self.llm.reset_prefix_cache()
-        result = getattr(self, f"phase_{name}")()
+        result = getattr(self, f"phase_{name.partition(':')[0]}")()  # "temperature:2" is a repeat
         after, now = self.vllm_counters(), self.nwor_counters()
         result["vllm"] = {key: _minus(after[key], before.get(key)) for key in after}
         result["nwor"] = {

@@ -75,6 +75,7 @@ class Run:
     scrapes: list[str]
     engine: dict[str, Any]
     queries: dict[str, list[dict[str, Any]]]
+    models: list[str]
     log: str
     files: list[Path]
 
@@ -201,6 +202,17 @@ def dashboard_queries() -> list[str]:
     return found
 
 
+def dashboard_models(prometheus: str) -> list[str]:
+    """The choices of the dashboard's variable, asked for as Grafana does."""
+    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    (text,) = [each["query"] for each in variables if each["type"] == "query"]
+    found = re.fullmatch(r"label_values\((.+), (\w+)\)", text)
+    assert found
+    parameters = urllib.parse.urlencode({"match[]": found[1]})
+    answer = json.loads(get(f"{prometheus}/api/v1/label/{found[2]}/values?{parameters}"))
+    return list(answer["data"])
+
+
 def watch(url: str, prometheus: str) -> tuple[list[list[str]], dict[str, Any]]:
     """Stream completions until Prometheus has seen the counters grow; return what was said, and
     the engine's own numbers afterwards."""
@@ -208,7 +220,7 @@ def watch(url: str, prometheus: str) -> tuple[list[list[str]], dict[str, Any]]:
     chunks: list[list[str]] = []
 
     def grown() -> bool:
-        chunks.append(stream(url, text[len(chunks) * 300 :][:120]))
+        chunks.append(stream(url, text[len(chunks) * 300 % 9000 :][:120]))
         found = query(prometheus, "changes(vllm:nwor_total_staged_total[1m])")
         return bool(found) and float(found[0]["value"][1]) >= 3
 
@@ -259,9 +271,11 @@ def run(
         # Each request is a connection of its own, so that every API server gets some.
         scrapes = [get(f"{url}/metrics") for _ in range(12)]
         queries = {text: query(prometheus, text) for text in dashboard_queries()}
+        models = dashboard_models(prometheus)
     results = engine["results"]
     assert len(results) == 1
-    return Run(chunks, scrapes, results[0], queries, log.read_text(), sorted(kept.iterdir()))
+    files = sorted(kept.iterdir())
+    return Run(chunks, scrapes, results[0], queries, models, log.read_text(), files)
 
 
 def test_completions_arrive_in_pieces(run: Run) -> None:
@@ -303,6 +317,7 @@ def test_every_api_server_serves_the_same(run: Run) -> None:
 
 def test_every_query_of_the_dashboard_returns_data(run: Run) -> None:
     assert len(run.queries) >= 12
+    assert run.models == ["tiny"]
     empty = [text for text, result in run.queries.items() if not result]
     assert not empty
     values = {text: [each["value"][1] for each in result] for text, result in run.queries.items()}

@@ -264,3 +264,19 @@ def test_the_pass_and_its_sources_are_in_vllms_cache_key(monkeypatch: pytest.Mon
     assert one == two
     monkeypatch.setattr(graph_pass, "sources_hash", lambda: "edited")
     assert key(with_pass()) != one
+
+
+def test_run_time_variables_are_known_to_vllm_and_not_in_its_cache_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import envs
+    from vllm.config.utils import hash_factors
+
+    from nwor_compile.vllm_adapter.plugin import register
+
+    register()
+    before = hash_factors(envs.compile_factors())
+    for variable in ("VLLM_SCV_MODE", "VLLM_NWOR_DEBUG"):
+        assert variable in envs.environment_variables
+        monkeypatch.setenv(variable, "off" if "SCV" in variable else "1")
+    assert hash_factors(envs.compile_factors()) == before
