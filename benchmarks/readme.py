@@ -100,7 +100,20 @@ def _gpu_table() -> str:
     rows = record["microseconds"]
     groups = dict.fromkeys(row["group"] for row in rows)
     tables = [_pivot(group, [row for row in rows if row["group"] == group]) for group in groups]
-    return "\n\n".join([intro, *tables])
+    return "\n\n".join([intro, *tables, _gpu_tests()])
+
+
+def _gpu_tests() -> str:
+    """How the GPU tests went, plainly and under the memory checker."""
+    parts = []
+    for prefix, how in (("gpu-tests", ""), ("gpu-memcheck", " under compute-sanitizer memcheck")):
+        path = newest(prefix)
+        record = json.loads(path.read_text())
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in record["counts"].items())
+        parts.append(
+            f"`{record['command']}`{how}: {counts} ({record['date']}, `{path.relative_to(ROOT)}`)"
+        )
+    return "GPU tests on the same device: " + "; ".join(parts) + "."
 
 
 def _pivot(group: str, rows: list[dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ class Worker:
     """The engine and what is read from it."""
 
     def __init__(self) -> None:
-        # By name: a type checker may take the folder tests/vllm for it.
+        # Imported when an engine starts: only the adapter depends on vLLM.
         self.vllm: Any = None
         self.llm: Any = None
         self.staged = False
@@ -47,12 +47,11 @@ class Worker:
     def start(self, command: dict[str, Any]) -> dict[str, Any]:
         """Start the engine and run one batch that is not measured."""
         begin = time.perf_counter()
-        from vllm.platforms import current_platform
-
         self.vllm = importlib.import_module("vllm")
+        platform = importlib.import_module("vllm.platforms").current_platform
 
         arguments = dict(command["llm"])
-        if not current_platform.is_cpu():
+        if not platform.is_cpu():
             arguments["gpu_memory_utilization"] = command["gpu_share"]
         self.llm = self.vllm.LLM(**arguments)
         nwor = (arguments.get("additional_config") or {}).get("nwor", {})
@@ -66,7 +65,7 @@ class Worker:
         self.batch(command["warm_up"])
         return {
             "vllm": self.vllm.__version__,
-            "device": current_platform.device_name,
+            "device": platform.device_name,
             "runner": self._rpc(_runner_name),
             "startup_seconds": round(started, 3),
             "warm_up_seconds": round(time.perf_counter() - begin - started, 3),

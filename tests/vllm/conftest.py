@@ -32,13 +32,14 @@ ENGINES: dict[str, dict[str, Any]] = {
             "direct_temperature", "naive", "poison", "error_flag", "one_layer_fails", "structured",
         ],
     },
-    "off_again": {
+    "off_again": {"nwor": {"mode": "off"}, "method": "draft_model", "phases": ["short"]},
+    "off_worker": {
         "nwor": {"mode": "off"},
         "method": "draft_model",
         "multiprocess": True,
         "phases": ["short"],
     },
-    "stage_again": {
+    "stage_worker": {
         "nwor": {"mode": "stage"},
         "method": "draft_model",
         "multiprocess": True,
@@ -49,7 +50,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ngram": {
         "nwor": {"mode": "stage"},
         "method": "ngram",
-        "blocks": 15,
+        "blocks": 10,
+        "limits": [60, 30, 1, 70, 2, 40],  # long enough for the model to repeat itself
         "phases": ["greedy", "direct"],
     },
 }  # fmt: skip

@@ -56,6 +56,23 @@ def prompts() -> list[str]:
     return [text[i * 700 : i * 700 + 90 + 61 * (i % 5)] for i in range(len(MAX_TOKENS))]
 
 
+def repair_expand() -> None:
+    """vLLM 0.32's CPU engine loses the temperatures of verify spans: its `expand_batch_to_tokens`
+    writes to a converted copy unless the dtype is int64, and returns memory that nobody filled. No
+    two runs are equal with that, NWOR or not."""
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(
+        x: Any, ends: Any, num_tokens: int, replace_from: Any = 0, replace_to: Any = 0
+    ) -> Any:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        filled = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+        return filled.repeat_interleave(counts, output_size=num_tokens)
+
+    rejection_sampler.expand_batch_to_tokens = expand
+
+
 class Harness:
     """One LLM, its worker where it lives in this process, and the phases that run on it."""
 
@@ -75,6 +92,8 @@ class Harness:
         }
         if OPTIONS.get("nwor") is not None:
             options["additional_config"] = {"nwor": OPTIONS["nwor"]}
+        if IN_PROCESS:
+            repair_expand()
         self.llm = LLM(str(WEIGHTS / "target"), **options)
         self.worker: Any = None
         self.audit: Any = None
@@ -125,7 +144,7 @@ class Harness:
         from vllm import SamplingParams
 
         texts = list(prompts()) if texts is None else texts
-        limits = sampling.pop("limits", MAX_TOKENS)
+        limits = sampling.pop("limits", OPTIONS.get("limits", MAX_TOKENS))
         sampling.setdefault("temperature", 0.0)
         seeds = sampling.pop("seeds", [None] * len(texts))
         params = [
