@@ -22,6 +22,7 @@ class PublishesMetrics(_Worker):
     """Mixed into a worker of vLLM's that has its hooks in `nwor`.
 
     Tensor-parallel ranks commit the same rows, so rank 0 alone publishes: nothing is multiplied.
+    Its bytes are those of its own share of the heads.
     """
 
     nwor: Any

@@ -364,19 +364,36 @@ if __name__ == "__main__":
 """
 
 
-def test_get_metrics_of_an_llm_and_a_report_after_its_shutdown(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one_rank", "two_ranks"])
+def test_get_metrics_of_an_llm_and_a_report_after_its_shutdown(
+    ranks: int, cache: Path, tmp_path: Path
+) -> None:
+    """Tensor-parallel ranks count the same rows; they are served once."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        pytest.skip(f"needs {ranks} cores")
+    options: dict[str, Any] = {**ENGINE_OPTIONS, "tensor_parallel_size": ranks}
+    options["speculative_config"] = {
+        **options["speculative_config"],
+        "draft_tensor_parallel_size": ranks,
+    }
+    env = engine_environment(VLLM_CACHE_ROOT=str(cache))
+    if ranks > 1:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in cores[:ranks])
     script, out = tmp_path / "llm.py", tmp_path / "out.json"
     script.write_text(LLM_SCRIPT)
     done = subprocess.run(
-        [sys.executable, script, json.dumps(ENGINE_OPTIONS), WEIGHTS, out],
-        env=engine_environment(VLLM_CACHE_ROOT=str(cache)),
+        [sys.executable, script, json.dumps(options), WEIGHTS, out],
+        env=env,
         capture_output=True,
         text=True,
         timeout=STARTED_WITHIN,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads(out.read_text())
-    (engine,) = result["engine"]
+    engine = result["engine"][0]
+    assert len(result["engine"]) == ranks
+    assert all(each == engine for each in result["engine"])
     assert engine["nwor_total_committed"] > 0
     assert result["after"] == {name: engine[name] for name in Metrics.model_fields}
     served: dict[str, list[float]] = {}
