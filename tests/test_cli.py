@@ -52,7 +52,6 @@ def test_help_imports_neither_demo_nor_doctor_nor_benchmarks() -> None:
 
 
 def test_demo_help_is_the_demos_own() -> None:
-    pytest.importorskip("nwor_compile.demo.run")
     result = runner.invoke(app, ["demo", "--help"])
     assert result.exit_code == 0
     assert "--show-stale" in result.output
