@@ -14,6 +14,8 @@ from nwor_compile.ops.cache_write import reshape_and_cache, stage_kv
 from nwor_compile.ops.commit import cache_table, commit_kv
 from nwor_compile.ops.counters import COUNTERS, counter_size
 from nwor_compile.ops.library import OP_NAMES, implementation, set_implementation
+from nwor_compile.ops.rope import rope_stage_kv, rotary_embedding
+from nwor_compile.ops.rope_window import rope_stage_kv_window, rope_stage_kv_window_in_place
 from nwor_compile.ops.scv import accept_mask
 from nwor_compile.ops.staging import stage_kv_window, verify_attention_window
 
@@ -27,6 +29,10 @@ __all__ = [
     "implementation",
     "paged_attention",
     "reshape_and_cache",
+    "rope_stage_kv",
+    "rope_stage_kv_window",
+    "rope_stage_kv_window_in_place",
+    "rotary_embedding",
     "set_implementation",
     "stage_kv",
     "stage_kv_window",

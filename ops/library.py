@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -69,6 +69,18 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+class Launcher(NamedTuple):
+    """A reference and the Triton launcher of the same arguments, as `module:function`."""
+
+    reference: Callable[..., Any]
+    kernel: str
+
+
+def pick(launcher: Launcher, device: torch.device) -> Callable[..., Any]:
+    """What runs on `device` under the current setting; see `set_implementation`."""
+    return _load(launcher.kernel) if uses_triton(device) else launcher.reference
+
+
 def define(
     signature: str,
     *,
@@ -89,11 +101,11 @@ def define(
     """
     name = signature.split("(", 1)[0]
 
+    launcher = Launcher(reference, kernel)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
-        if uses_triton(_first_tensor(args, kwargs).device):
-            return _load(kernel)(*args, **kwargs)
-        return reference(*args, **kwargs)
+        return pick(launcher, _first_tensor(args, kwargs).device)(*args, **kwargs)
 
     return define_composite(signature, run=run, fake=_checked(fake, check), name=name)
 

@@ -130,11 +130,16 @@ def window_closed() -> None:
 
 
 def executions() -> int:
-    """How many `stage_kv.window` calls found their layer in this process (captures included).
+    """How many staged writes, RoPE's included, found their layer in this process (and captures).
 
     Zero after a warm-up means that nothing was rewritten: the pass did not run or did not match.
     """
     return _registry.executions
+
+
+def executed() -> None:
+    """Count one staged write of a layer that `lookup` found."""
+    _registry.executions += 1
 
 
 def lookup(key_cache: Tensor, value_cache: Tensor) -> LayerStaging | None:
@@ -176,7 +181,7 @@ def _stage_window(
     if staging is None:
         reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *options)
         return
-    _registry.executions += 1
+    executed()
     stage_kv(
         key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
         slot_mapping, staging.routing.row_map, *options,

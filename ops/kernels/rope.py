@@ -1,0 +1,361 @@
+"""Launchers of `rotary_embedding` and `rope_stage_kv`: one kernel, a few heads of a token each.
+
+Program (t, g) takes a group of heads of token t: groups of q first, then of k, then of v. A k group
+rotates its heads once and stores them twice, to the result and to the cache or to staging, so the
+rows that go there are read from memory once. Without a write (RoPE alone) there are no v groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nwor_compile.ops.kernels.fp8 import encode_fp8, round_bf16
+from nwor_compile.ops.kernels.launch import (
+    FP8_CODE,
+    bits,
+    cache_strides,
+    element_offset,
+    on_device,
+    scale_stride,
+)
+from nwor_compile.ops.rope import as_heads, split_table
+
+_GROUP = 1024  # elements of a program, in whole heads
+
+
+@triton.jit
+def _round(x, like):
+    """float32 to the element type that the pointer `like` points at."""
+    if like.dtype.element_ty == tl.bfloat16:
+        return round_bf16(x)
+    return x.to(like.dtype.element_ty)
+
+
+@triton.jit
+def _store(
+    row, target, scale, head, d, inside, s_head, s_outer, s_inner, s_scale,
+    D: tl.constexpr, X: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Elements (head, d) of a row to a cache or staging row, encoded; `target` points at it."""
+    if FP8 > 0:
+        wide = row.to(tl.float32)
+        if SCALED:
+            # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
+            by = tl.load(scale + head * s_scale, mask=inside, other=1.0)
+            wide = tl.div_rn(wide, tl.broadcast_to(by, wide.shape))
+        row = encode_fp8(wide, FP8)
+    tl.store(
+        target + head.to(tl.int64) * s_head + element_offset(d, s_outer, s_inner, D, X),
+        row, mask=inside,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_kv(
+    row, cache, staged, scale, head, d, inside, slot, draft, slots_in_cache, staging_rows,
+    c_block, c_offset, c_head, c_outer, c_inner, s_row, s_head, s_d, s_scale,
+    D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STAGE: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Elements of a token's row to its slot, its staging row, or nowhere."""
+    if (draft < 0) & (slot >= 0) & (slot < slots_in_cache):
+        place = cache + (slot // BLOCK_SIZE) * c_block + (slot % BLOCK_SIZE) * c_offset
+        _store(
+            row, place, scale, head, d, inside, c_head, c_outer, c_inner, s_scale,
+            D, X, FP8, SCALED,
+        )  # fmt: skip
+    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if (draft >= 0) & (draft < staging_rows):
+            _store(
+                row, staged + draft * s_row, scale, head, d, inside, s_head, 0, s_d, s_scale,
+                D, D, FP8, SCALED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _table(table, row, valid, width, s_row, s_d):
+    """One angle a column; zeros for a token whose position is outside the table."""
+    return tl.load(table + row * s_row + width.to(tl.int64) * s_d, mask=valid, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit(do_not_specialize=["writes", "positions_in_table"])
+def _rope_kernel(
+    query, key, value, out_query, out_key, cos, sin, positions,
+    key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
+    k_scale, v_scale,
+    writes, positions_in_table, slots_in_cache, staging_rows,
+    q_token, q_head, q_d, k_token, k_head, k_d, v_token, v_head, v_d,
+    oq_token, oq_head, oq_d, ok_token, ok_head, ok_d,
+    cos_row, cos_d, sin_row, sin_d, s_position,
+    kc_block, kc_offset, kc_head, kc_outer, kc_inner,
+    vc_block, vc_offset, vc_head, vc_inner,
+    sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
+    s_slot, s_map, s_k_scale, s_v_scale,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr,
+    WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (HQ + HEADS - 1) // HEADS
+    K_GROUPS: tl.constexpr = (HK + HEADS - 1) // HEADS
+    HALF: tl.constexpr = ROTARY // 2
+    slot = tl.full((), -1, tl.int64)
+    draft = tl.full((), -1, tl.int64)
+    if WRITE:  # noqa: SIM102
+        if (group >= Q_GROUPS) & (token < writes):
+            slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
+            if STAGE:
+                draft = tl.load(row_map + token * s_map).to(tl.int64)
+                if group == Q_GROUPS:
+                    # One program a token, so a row counts once whatever its heads.
+                    if draft >= staging_rows:
+                        tl.atomic_or(state + 1, 1)
+                    elif draft >= 0:
+                        tl.atomic_add(state, 1)
+
+    if group < Q_GROUPS + K_GROUPS:
+        row = token
+        angles = HALF
+        if positions is not None:
+            row = tl.load(positions + token * s_position).to(tl.int64)
+            angles = tl.where((row >= 0) & (row < positions_in_table), HALF, 0)
+        pair = tl.arange(0, PAIRS)[None, :]
+        if NEOX:
+            first, second = pair, pair + HALF
+        else:
+            first, second = 2 * pair, 2 * pair + 1
+        known = pair < angles
+        if FULL:
+            c1 = _table(cos, row, known, first, cos_row, cos_d)
+            c2 = _table(cos, row, known, second, cos_row, cos_d)
+            s1 = _table(sin, row, known, first, sin_row, sin_d)
+            s2 = _table(sin, row, known, second, sin_row, sin_d)
+        else:
+            c1 = _table(cos, row, known, pair, cos_row, cos_d)
+            s1 = _table(sin, row, known, pair, sin_row, sin_d)
+            c2, s2 = c1, s1
+        rest = ROTARY + tl.arange(0, REST)[None, :]
+        if group < Q_GROUPS:
+            head = group * HEADS + tl.arange(0, HEADS)[:, None]
+            inside = (head < HQ) & (pair < HALF)
+            source = query + token * q_token + head.to(tl.int64) * q_head
+            x1 = tl.load(source + first.to(tl.int64) * q_d, mask=inside, other=0.0).to(tl.float32)
+            x2 = tl.load(source + second.to(tl.int64) * q_d, mask=inside, other=0.0).to(tl.float32)
+            target = out_query + token * oq_token + head.to(tl.int64) * oq_head
+            o1 = _round(x1 * c1 - x2 * s1, out_query)
+            o2 = _round(x2 * c2 + x1 * s2, out_query)
+            tl.store(target + first.to(tl.int64) * oq_d, o1, mask=inside)
+            tl.store(target + second.to(tl.int64) * oq_d, o2, mask=inside)
+            if (ROTARY < D) & (not IN_PLACE):
+                left = (head < HQ) & (rest < D)
+                kept = tl.load(source + rest.to(tl.int64) * q_d, mask=left)
+                tl.store(target + rest.to(tl.int64) * oq_d, kept, mask=left)
+        else:
+            head = (group - Q_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
+            inside = (head < HK) & (pair < HALF)
+            source = key + token * k_token + head.to(tl.int64) * k_head
+            x1 = tl.load(source + first.to(tl.int64) * k_d, mask=inside, other=0.0).to(tl.float32)
+            x2 = tl.load(source + second.to(tl.int64) * k_d, mask=inside, other=0.0).to(tl.float32)
+            target = out_key + token * ok_token + head.to(tl.int64) * ok_head
+            o1 = _round(x1 * c1 - x2 * s1, out_key)
+            o2 = _round(x2 * c2 + x1 * s2, out_key)
+            tl.store(target + first.to(tl.int64) * ok_d, o1, mask=inside)
+            tl.store(target + second.to(tl.int64) * ok_d, o2, mask=inside)
+            if WRITE:
+                _store_kv(
+                    o1, key_cache, staged_key, k_scale, head, first, inside, slot, draft,
+                    slots_in_cache, staging_rows,
+                    kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+                    s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+                )  # fmt: skip
+                _store_kv(
+                    o2, key_cache, staged_key, k_scale, head, second, inside, slot, draft,
+                    slots_in_cache, staging_rows,
+                    kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+                    s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+                )  # fmt: skip
+            if ROTARY < D:
+                left = (head < HK) & (rest < D)
+                kept = tl.load(source + rest.to(tl.int64) * k_d, mask=left)
+                if not IN_PLACE:
+                    tl.store(target + rest.to(tl.int64) * ok_d, kept, mask=left)
+                if WRITE:
+                    _store_kv(
+                        kept, key_cache, staged_key, k_scale, head, rest, left, slot, draft,
+                        slots_in_cache, staging_rows,
+                        kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+                        s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+                    )  # fmt: skip
+    if WRITE:  # noqa: SIM102
+        if group >= Q_GROUPS + K_GROUPS:
+            head = (group - Q_GROUPS - K_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
+            d = tl.arange(0, ROW)[None, :]
+            inside = (head < HK) & (d < D)
+            row = tl.load(
+                value + token * v_token + head.to(tl.int64) * v_head + d.to(tl.int64) * v_d,
+                mask=inside,
+            )  # fmt: skip
+            _store_kv(
+                row, value_cache, staged_value, v_scale, head, d, inside, slot, draft,
+                slots_in_cache, staging_rows,
+                vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
+                s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+            )  # fmt: skip
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    out_query: Tensor,
+    out_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    rotary_dim: int,
+    is_neox: bool,
+    value: Tensor | None = None,
+    key_cache: Tensor | None = None,
+    value_cache: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+    staging: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    tokens, q_heads, size = query.shape
+    kv_heads = key.shape[1]
+    heads = min(
+        max(1, _GROUP // triton.next_power_of_2(size)),
+        triton.next_power_of_2(max(q_heads, kv_heads)),
+    )
+    groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads)
+    if tokens == 0 or groups == 0 or size == 0:
+        return
+    fp8, block_size, x = FP8_CODE[kv_cache_dtype], 1, size
+    slots_in_cache = staging_rows = writes = 0
+    caches: tuple[Tensor | None, ...] = (None,) * 4
+    state = row_map = None
+    k_strides: tuple[int, ...] = (0,) * 5
+    v_strides: tuple[int, ...] = (0,) * 4
+    staged_strides: tuple[int, ...] = (0,) * 6
+    if key_cache is not None and value_cache is not None and slot_mapping is not None:
+        groups += triton.cdiv(kv_heads, heads)
+        writes = slot_mapping.shape[0]
+        to_key, to_value = cache_strides(key_cache, value_cache)
+        k_strides, v_strides, x = to_key[:5], (*to_value[:3], to_value.inner), to_key.x
+        block_size = key_cache.shape[3] if key_cache.dim() == 5 else key_cache.shape[1]
+        slots_in_cache = key_cache.shape[0] * block_size
+        # fp8 is written as bits; rows of the model's dtype are stored as they are.
+        caches = (_stored(key_cache, fp8), _stored(value_cache, fp8), None, None)
+        if staging is not None:
+            staged_key, staged_value, state, row_map = staging
+            staging_rows = staged_key.shape[0]
+            staged_strides = (*staged_key.stride(), *staged_value.stride())
+            caches = (*caches[:2], _stored(staged_key, fp8), _stored(staged_value, fp8))
+    v_in = (0, 0, 0) if value is None else value.stride()
+    half = rotary_dim // 2
+    with on_device(query):
+        _rope_kernel[(tokens, groups)](
+            query, key, value, out_query, out_key, cos, sin, positions,
+            *caches, state, slot_mapping, row_map, k_scale, v_scale,
+            writes, cos.shape[0], slots_in_cache, staging_rows,
+            *query.stride(), *key.stride(), *v_in, *out_query.stride(), *out_key.stride(),
+            *cos.stride(), *sin.stride(), 0 if positions is None else positions.stride(0),
+            *k_strides, *v_strides, *staged_strides,
+            0 if slot_mapping is None else slot_mapping.stride(0),
+            0 if row_map is None else row_map.stride(0),
+            scale_stride(k_scale), scale_stride(v_scale),
+            HQ=q_heads, HK=kv_heads, D=size, ROTARY=rotary_dim, NEOX=is_neox,
+            FULL=cos.shape[1] == rotary_dim, IN_PLACE=out_query is query,
+            WRITE=key_cache is not None, STAGE=staging is not None, X=x, BLOCK_SIZE=block_size,
+            FP8=fp8, K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
+            HEADS=heads, PAIRS=triton.next_power_of_2(half),
+            REST=triton.next_power_of_2(max(1, size - rotary_dim)),
+            ROW=triton.next_power_of_2(size),
+            # A fused multiply-add would round otherwise than the reference.
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _stored(cache: Tensor, fp8: int) -> Tensor:
+    return bits(cache) if fp8 else cache
+
+
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+) -> None:
+    """`rotary_embedding_reference` in one launch."""
+    query, key = as_heads("query", query, head_size), as_heads("key", key, head_size)
+    cos, sin = split_table(cos_sin_cache)
+    _launch(query, key, query, key, cos, sin, positions, cos_sin_cache.shape[1], is_neox)
+
+
+def rope_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    rotary_dim: int,
+    is_neox: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    staging: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`rope_write_reference` in one launch."""
+    packed = torch.contiguous_format
+    out_query = query if in_place else torch.empty_like(query, memory_format=packed)
+    out_key = key if in_place else torch.empty_like(key, memory_format=packed)
+    _launch(
+        query, key, out_query, out_key, cos, sin, positions, rotary_dim, is_neox, value,
+        key_cache, value_cache, slot_mapping, staging, kv_cache_dtype, k_scale, v_scale,
+    )  # fmt: skip
+    return out_query, out_key
+
+
+def rope_stage_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int,
+    is_neox: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    staged_key: Tensor,
+    staged_value: Tensor,
+    stage_state: Tensor,
+    slot_mapping: Tensor,
+    row_map: Tensor,
+    positions: Tensor | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of `nwor::rope_stage_kv`."""
+    return rope_write(
+        query, key, value, cos, sin, positions, rotary_dim, is_neox, key_cache, value_cache,
+        slot_mapping, (staged_key, staged_value, stage_state, row_map), kv_cache_dtype, k_scale,
+        v_scale,
+    )  # fmt: skip
