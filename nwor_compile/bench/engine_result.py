@@ -76,6 +76,7 @@ class EngineReport(BaseModel):
     warm_up_seconds: float | None = None
     resident_bytes: int | None = None
     staging_memory_bytes: int | None = None
+    notes: list[str] = []
     machine: Machine | None = None
 
 
@@ -138,6 +139,7 @@ def conclude(
     """Put the result together."""
     engines = options.engines()
     rows = [row for row in rows if row.engine in engines]
+    notes = notes + list(dict.fromkeys(note for report in reports for note in report.notes))
     notes = notes + _session_notes(rows) + _count_notes(rows) + _token_notes(rows)
     target, drafter = options.names()
     return EngineResult(

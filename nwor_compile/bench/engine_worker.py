@@ -24,10 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from nwor_compile.bench.engine_rows import Figures, NworFigures
 from nwor_compile.bench.record import Spread, this_machine
+from nwor_compile.vllm_adapter import cpu_sampling
 
 SPEC = "vllm:spec_decode_num_"
+# Versions whose CPU sampler is repaired, and vLLM's own token budget of a step.
+REPAIRED = "0.32."
+SMALLEST_BUDGET = 2048
 # Requests of one batch begin this many tokens apart in the text.
 STRIDE = 97
 
@@ -51,7 +57,10 @@ class Worker:
         platform = importlib.import_module("vllm.platforms").current_platform
 
         arguments = dict(command["llm"])
-        if not platform.is_cpu():
+        notes = []
+        if platform.is_cpu():
+            notes += prepare_cpu(self.vllm.__version__, arguments, command["warm_up"])
+        else:
             arguments["gpu_memory_utilization"] = command["gpu_share"]
         self.llm = self.vllm.LLM(**arguments)
         nwor = (arguments.get("additional_config") or {}).get("nwor", {})
@@ -71,6 +80,7 @@ class Worker:
             "warm_up_seconds": round(time.perf_counter() - begin - started, 3),
             "resident_bytes": resident_bytes(),
             "staging_memory_bytes": self._rpc(_staging_memory) if self.staged else 0,
+            "notes": notes,
             "machine": this_machine().model_dump(),
         }
 
@@ -88,6 +98,9 @@ class Worker:
                     temperature=temperature, max_tokens=output, ignore_eos=True, seed=own_seed
                 )
             )
+        # What draws without a seed of its own, drafters and synthetic acceptance, draws alike in
+        # every engine and repeat: the engine runs in this process.
+        torch.manual_seed(1000 * seed + command["batch"])
         before = self._counters()
         self.step_seconds.clear()
         begin = time.perf_counter()
@@ -186,6 +199,23 @@ def _staging_memory(worker: Any) -> int | None:
 def _runner_name(worker: Any) -> str:
     runner = type(worker.model_runner)
     return f"{runner.__module__}.{runner.__name__}"
+
+
+def prepare_cpu(version: str, arguments: dict[str, Any], batch: dict[str, Any]) -> list[str]:
+    """Go round vLLM's faults on a CPU, in this process and in `arguments`; say what was done."""
+    speculation = arguments["speculative_config"]
+    if not batch["temperature"] and "rejection_sample_method" not in speculation:
+        return []
+    notes = []
+    if version.startswith(REPAIRED):
+        cpu_sampling.repair()
+        notes.append(cpu_sampling.NOTE.format(version=version))
+    if batch["temperature"]:
+        # A seeded request whose prompt is split over steps: "CPU Generator does not use offset".
+        prompts = sum(prompt for prompt, _ in batch["shapes"])
+        rows = prompts + len(batch["shapes"]) * (1 + speculation["num_speculative_tokens"])
+        arguments["max_num_batched_tokens"] = max(rows, SMALLEST_BUDGET)
+    return notes
 
 
 def cut(ids: list[int], start: int, count: int) -> list[int]:

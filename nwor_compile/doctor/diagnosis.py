@@ -85,8 +85,9 @@ def show(found: Diagnosis, console: Console) -> None:
     for setting in found.settings:
         table.add_row(setting.name, setting.value, setting.source)
     console.print(table)
-    table = Table("graph", "write", "op", "becomes", "readers redirected, or why it stays direct")
-    table.title = "what would be staged"
+    table = Table(title="what would be staged")
+    for header in ("graph", "write", "op", "becomes", "readers redirected, or why it stays direct"):
+        table.add_column(header, overflow="fold")  # a name that is cut names nothing
     for d in found.decisions:
         detail = ", ".join(d.readers) if d.staged else d.reason
         table.add_row(d.graph, d.write, d.op, "staged" if d.staged else "direct", escape(detail))

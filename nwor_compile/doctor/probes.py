@@ -58,6 +58,9 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
     state, mask = ints(0, 0), torch.ones(DRAFTS, dtype=torch.bool, device=device)
     counters = torch.zeros(counter_size(DRAFTS), dtype=torch.int64, device=device)
     layers = [tensor.unsqueeze(0) for tensor in staged]
+    cos, sin = (torch.ones(TOKENS, HEAD_SIZE // 2, device=device) for _ in range(2))
+    rotary = (HEAD_SIZE, torch.ones(TOKENS, HEAD_SIZE, device=device), True)
+    turned = (query, *rows, cos, sin, HEAD_SIZE, True, *cache)
     known: dict[str, tuple[Any, ...]] = {
         "reshape_and_cache": (*rows, *cache, ints(0, 1, 2)),
         "stage_kv": (*rows, *cache, *staged, state, ints(0, 1, 2), ints(-1, 0, 1)),
@@ -69,6 +72,10 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
         "paged_attention": (query, *cache, *batch, 0.25),
         "verify_attention": (query, *cache, *staged, *batch, ints(DRAFTS), ints(0), 0.25),
         "verify_attention.window": (query, *cache, *batch, 0.25),
+        "rotary_embedding": (ints(0, 1, 2), query, rows[0], *rotary),
+        "rope_stage_kv": (*turned, *staged, state, ints(0, 1, 2), ints(-1, 0, 1)),
+        "rope_stage_kv.window": (*turned, ints(0, 1, 2)),
+        "rope_stage_kv.window_": (ints(0, 1, 2), query, *rows, *rotary, *cache, ints(0, 1, 2)),
     }  # fmt: skip
     if name not in known:
         raise NotImplementedError(f"no probe for nwor::{name}")
@@ -100,7 +107,7 @@ def _run_fake(op: OpOverload, name: str) -> None:
 
 
 def _probe_triton(op: OpOverload, name: str) -> str:
-    if name.endswith(".window"):
+    if ".window" in name:
         return "through the op it routes to"
     try:
         triton = importlib.import_module("triton")
