@@ -111,6 +111,13 @@ def rotate(
         inside = ((positions >= 0) & (positions < cos.shape[0])).unsqueeze(1)
         row = torch.where(inside.squeeze(1), positions.long(), 0)
         cos, sin = (torch.where(inside, table[row], 0) for table in (cos, sin))
+    return rotate_exactly(x.float(), cos, sin, rotary_dim, is_neox).to(x.dtype)
+
+
+def rotate_exactly(
+    x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, is_neox: bool
+) -> Tensor:
+    """The formula of `rotate`, in whatever dtype its arguments have."""
     half = rotary_dim // 2
     if is_neox:
         first, second = slice(None, half), slice(half, rotary_dim)
@@ -121,10 +128,10 @@ def rotate(
     else:
         c1, c2, s1, s2 = cos, cos, sin, sin
     c1, c2, s1, s2 = (table.unsqueeze(1) for table in (c1, c2, s1, s2))
-    x1, x2 = x[..., first].float(), x[..., second].float()
+    x1, x2 = x[..., first], x[..., second]
     out = x.clone(memory_format=torch.contiguous_format)
-    out[..., first] = (x1 * c1 - x2 * s1).to(x.dtype)
-    out[..., second] = (x2 * c2 + x1 * s2).to(x.dtype)
+    out[..., first] = x1 * c1 - x2 * s1
+    out[..., second] = x2 * c2 + x1 * s2
     return out
 
 

@@ -16,9 +16,15 @@ from torch.fx import Graph
 
 from nwor_compile.passes.nwor_pass import rewrite, sources_hash
 from nwor_compile.passes.report import Report
-from nwor_compile.passes.table import resolve, rows
+from nwor_compile.passes.rope_fuse import FUSED_OPS
+from nwor_compile.passes.table import ROTARY_OPS, resolve, rows
 
 log = logging.getLogger("nwor_compile")
+
+
+def _schema(name: str) -> str | None:
+    op = resolve(name)
+    return str(op._schema) if op is not None else None
 
 
 class NworPass(CustomGraphPass):
@@ -26,18 +32,21 @@ class NworPass(CustomGraphPass):
 
     Args:
         strict: raise where a write must stay direct.
+        rope: let staged writes do the rotation before them as well.
         dump_dir: write each graph before and after, and the report, into this folder.
     """
 
-    def __init__(self, *, strict: bool = False, dump_dir: Path | None = None) -> None:
-        self.strict = strict
+    def __init__(
+        self, *, strict: bool = False, rope: bool = True, dump_dir: Path | None = None
+    ) -> None:
+        self.strict, self.rope = strict, rope
         self.dump_dir = dump_dir
         self.reports: list[Report] = []
 
     def __call__(self, graph: Graph) -> None:
         name = f"graph {len(self.reports)}"
         before = str(graph) if self.dump_dir else ""
-        report = rewrite(graph, strict=self.strict, name=name)
+        report = rewrite(graph, strict=self.strict, rope=self.rope, name=name)
         self.reports.append(report)
         log.debug("%s", report)
         for decision in report.refused:
@@ -50,14 +59,12 @@ class NworPass(CustomGraphPass):
             stem.with_suffix(".report.txt").write_text(str(report))
 
     def uuid(self) -> str:
-        """Changes with the pass's sources, the op table, the staged ops' schemas and `strict`."""
-        table = [
-            (row, str(op._schema) if (op := resolve(row.staged)) is not None else None)
-            for row in rows()
-        ]
-        text = f"{sources_hash()}|{table}|strict={self.strict}"
+        """Changes with the pass's sources and arguments, the op table and the ops' schemas."""
+        table: list[tuple[object, str | None]] = [(row, _schema(row.staged)) for row in rows()]
+        table += [(op, _schema(op)) for op in (*ROTARY_OPS, *FUSED_OPS)]
+        text = f"{sources_hash()}|{table}|strict={self.strict}|rope={self.rope}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     # A pass is pickled into cache keys and to compile workers: what it reported stays here.
     def __getstate__(self) -> dict[str, Any]:
-        return {"strict": self.strict, "dump_dir": self.dump_dir, "reports": []}
+        return {"strict": self.strict, "rope": self.rope, "dump_dir": self.dump_dir, "reports": []}

@@ -27,7 +27,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from nwor_compile.passes.calls import callee, is_functionalized, overload_of, twin_arguments
 from nwor_compile.passes.report import Decision, Report, VisibilityError, keep
+from nwor_compile.passes.rope_fuse import fuse
+from nwor_compile.passes.rope_plan import Rope, find_rope
 from nwor_compile.passes.table import CacheReader, CacheWrite, op_name, resolve
+from nwor_compile.passes.touches import Touches
 from nwor_compile.passes.visibility import Write, judge, subgraph_writes
 
 # How `auto_functionalized_v2` says which view of its base a mutated argument is.
@@ -37,19 +40,23 @@ _VIEW_KEYS = (
 )
 
 
-def rewrite(graph: Graph, *, strict: bool = False, name: str = "graph") -> Report:
+def rewrite(
+    graph: Graph, *, strict: bool = False, rope: bool = True, name: str = "graph"
+) -> Report:
     """Stage every cache write of `graph` that can be staged safely; return what was done.
 
-    Running it again changes nothing. With `strict`, a write that must stay direct raises
-    VisibilityError before anything is changed.
+    With `rope`, a staged write does the rotation before it as well, where it can. Running it again
+    changes nothing. With `strict`, a write that must stay direct raises VisibilityError before
+    anything is changed; a rotation that stays apart does not.
     """
     start = time.perf_counter()
     writes = judge(graph)
+    ropes = _ropes(graph, writes) if rope else {}
     inner = [
         Decision(path, op, reason="it is inside a control-flow subgraph, which is not followed")
         for path, op in subgraph_writes(graph)
     ]
-    report = Report(name, [_decision(write) for write in writes] + inner)
+    report = Report(name, [_decision(write, ropes) for write in writes] + inner)
     if strict and report.refused:
         raise VisibilityError(
             "strict mode, and these cache writes cannot be staged:\n"
@@ -57,7 +64,7 @@ def rewrite(graph: Graph, *, strict: bool = False, name: str = "graph") -> Repor
         )
     for write in writes:
         if not write.reason:
-            _transform(graph, write)
+            _transform(graph, write, ropes.get(write.node, ""))
     if report.rewritten:
         graph.eliminate_dead_code(is_impure_node=_keeps)
         graph.lint()
@@ -76,13 +83,28 @@ def sources_hash() -> str:
     return digest.hexdigest()
 
 
-def _decision(write: Write) -> Decision:
+def _ropes(graph: Graph, writes: list[Write]) -> dict[Node, Rope | str]:
+    """For each write that is staged its rotation, or why that stays apart; by the write's node."""
+    staged = [write for write in writes if not write.reason]
+    if not staged:
+        return {}
+    touches = Touches(graph, [write.node for write in staged])
+    return {write.node: find_rope(write, touches) for write in staged}
+
+
+def _decision(write: Write, ropes: dict[Node, Rope | str]) -> Decision:
     readers = tuple(node.name for node, _ in write.readers)
-    return Decision(write.node.name, write.op, readers, write.reason)
+    rope = ropes.get(write.node, "")
+    why = rope if isinstance(rope, str) else ""
+    return Decision(
+        write.node.name, write.op, readers, write.reason, not isinstance(rope, str), why
+    )
 
 
-def _transform(graph: Graph, write: Write) -> None:
-    if is_functionalized(write.node):
+def _transform(graph: Graph, write: Write, rope: Rope | str) -> None:
+    if not isinstance(rope, str):
+        fuse(graph, write, rope)
+    elif is_functionalized(write.node):
         _swap_functionalized(graph, write.node, write.row)
     else:
         _swap(graph, write.node, write.row)
@@ -170,9 +192,11 @@ def _keeps(node: Node) -> bool:
     return True
 
 
-def rewrite_module(module: GraphModule, *, strict: bool = False, name: str = "graph") -> Report:
+def rewrite_module(
+    module: GraphModule, *, strict: bool = False, rope: bool = True, name: str = "graph"
+) -> Report:
     """`rewrite` on a GraphModule, recompiled if something changed."""
-    report = rewrite(module.graph, strict=strict, name=name)
+    report = rewrite(module.graph, strict=strict, rope=rope, name=name)
     if report.rewritten:
         module.recompile()
     return report

@@ -15,12 +15,17 @@ class VisibilityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decision:
-    """One cache write: its node, its op, the readers redirected, or why it stays direct."""
+    """One cache write: its node, its op, the readers redirected, or why it stays direct.
+
+    fused: the staged write rotates q and k as well. rope: if not, why not.
+    """
 
     node: str
     op: str
     readers: tuple[str, ...] = ()
     reason: str = ""
+    fused: bool = False
+    rope: str = ""
 
     @property
     def staged(self) -> bool:
@@ -54,6 +59,10 @@ class Report:
         for decision in self.decisions:
             outcome = "staged" if decision.staged else "direct"
             detail = ", ".join(decision.readers) if decision.staged else decision.reason
+            if decision.fused:
+                outcome += " with RoPE"
+            elif decision.staged and decision.rope:
+                detail += f"; RoPE apart: {decision.rope}"
             table.add_row(decision.node, decision.op, outcome, detail)
         console = Console(width=110, no_color=True, highlight=False)
         with console.capture() as capture:

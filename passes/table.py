@@ -44,6 +44,14 @@ class CacheReader:
     value_cache: str = "value_cache"
 
 
+# Ops that rotate q and k in place, with the arguments of vLLM's `rotary_embedding`: positions,
+# query, key, head_size, cos_sin_cache, is_neox. Further arguments must have their defaults.
+ROTARY_OPS = (
+    "nwor::rotary_embedding",
+    "_C::rotary_embedding",
+    "vllm::flashinfer_rotary_embedding",
+)
+
 _writes: dict[str, CacheWrite] = {}
 _readers: dict[str, CacheReader] = {}
 

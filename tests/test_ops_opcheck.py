@@ -84,6 +84,9 @@ WINDOW: dict[str, Callable[..., Arguments]] = {
 }
 
 
+# Checked in test_rope.py.
+ROPE = ["rope_stage_kv", "rope_stage_kv.window", "rope_stage_kv.window_", "rotary_embedding"]
+
 TESTS = (
     "test_schema",
     "test_autograd_registration",
@@ -175,7 +178,7 @@ def test_opcheck_of_a_window_overload_on_a_registered_layer(
 
 
 def test_every_op_and_overload_is_checked_here() -> None:
-    assert sorted([*CASES, *WINDOW]) == sorted(ops.OP_NAMES)
+    assert sorted([*CASES, *WINDOW, *ROPE]) == sorted(ops.OP_NAMES)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
