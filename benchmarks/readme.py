@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nwor_compile.bench.engine_result import METRICS, EngineResult, Summary
 from nwor_compile.demo.result import DemoResult
 from nwor_compile.demo.screen import Screen
 from nwor_compile.demo.text import load_tokenizer
@@ -116,6 +117,59 @@ def _gpu_tests() -> str:
     return "GPU tests on the same device: " + "; ".join(parts) + "."
 
 
+ENGINE_COLUMNS = (
+    "NWOR-SCV", "ms per step", "ms per token", "tokens/s", "accepted", "rows written (direct)",
+    "KiB to the cache (direct)", "KiB via staging", "staging memory, KiB", "fallbacks",
+    "tokens as `off`",
+)  # fmt: skip
+
+
+def engine_block() -> str:
+    """vLLM's CPU engine, by NWOR and SCV mode."""
+    path = newest("engine-cpu")
+    result = EngineResult.model_validate_json(path.read_text())
+    first = next(engine for engine in result.engines if engine.machine)
+    machine = first.machine
+    assert machine is not None  # noqa: S101  just asked for
+    options = result.options
+    lines = [
+        f"vLLM {first.vllm} on a CPU ({machine.cpu}, {machine.cores} cores, torch "
+        f"{machine.torch}, {machine.date}), {result.target}, {options['requests']} requests a "
+        f"batch, {options['draft_tokens']} drafts; `{result.command}`, "
+        f"`{path.relative_to(ROOT)}`. Medians over {options['repeats']} repeats that take turns; "
+        "× is the ratio to `off` and its quartiles; rows and bytes are those of one repeat:",
+        "",
+        f"| {' | '.join(ENGINE_COLUMNS)} |",
+        "|---" * len(ENGINE_COLUMNS) + "|",
+    ]
+    return "\n".join([*lines, *(_engine_row(result, each) for each in result.summaries)])
+
+
+def _engine_row(result: EngineResult, summary: Summary) -> str:
+    def cell(name: str) -> str:
+        text = f"{summary.metrics[name].median:{METRICS[name].form}}"
+        ratio = summary.ratios.get(name)
+        if ratio is None:
+            return text
+        return f"{text}, ×{ratio.median:.2f} ({ratio.p25:.2f} to {ratio.p75:.2f})"
+
+    def kib(name: str) -> str:
+        known = name in summary.counters
+        return f"{summary.counters[name] / summary.repeats / 1024:.0f}" if known else "-"
+
+    rows = [f"{summary.metrics[name].median:.0f}" for name in ("rows_written", "rows_direct")]
+    memory = next(e.staging_memory_bytes for e in result.engines if e.label == summary.label) or 0
+    speed = [cell(name) for name in ("step_ms", "token_ms", "tokens_per_second")]
+    cells = [
+        f"`{summary.label}`", *speed,
+        f"{summary.metrics['acceptance'].median:.1%}", f"{rows[0]} ({rows[1]})",
+        f"{kib('cache_bytes')} ({kib('direct_bytes')})" if summary.counters else "-",
+        kib("staging_bytes"), f"{memory / 1024:.0f}", str(summary.counters.get("fallbacks", "-")),
+        summary.same_tokens_as_off or "-",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def _pivot(group: str, rows: list[dict[str, Any]]) -> str:
     """A line a case, a column a competitor."""
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -132,6 +186,7 @@ def _pivot(group: str, rows: list[dict[str, Any]]) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo_block,
     "example": example_block,
+    "engine": engine_block,
     "measured": measured_block,
 }
 
