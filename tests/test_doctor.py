@@ -280,6 +280,10 @@ def test_switches_of_the_environment_are_listed(
     assert "VLLM_SCV_MODE=adaptive; without VLLM_NWOR_MODE" in alone.detail
     monkeypatch.setenv("VLLM_NWOR_MODE", "stage")
     assert vllm.check_vllm()[2].status == "ok"
+    monkeypatch.setenv("VLLM_NWOR_MOD", "stage")
+    misspelt = vllm.check_vllm()[2]
+    assert misspelt.status == "fail"
+    assert "VLLM_NWOR_MOD;" in misspelt.detail
 
 
 @pytest.mark.parametrize("text", ["{nwor}", "[1]"])

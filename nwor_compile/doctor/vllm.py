@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from nwor_compile.config import ENVIRONMENT
 from nwor_compile.demo.text import WEIGHTS
 from nwor_compile.doctor.diagnosis import Check, WriteDecision
+from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter import contract
+from nwor_compile.vllm_adapter.settings import refuse_unknown_variables
 
 TINY = "tiny"
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -79,6 +81,11 @@ def _check_plugin() -> Check:
 def _check_environment() -> Check:
     """Which switches the environment sets; values are judged by the check of the settings."""
     name = "vLLM environment"
+    try:
+        refuse_unknown_variables()
+    except ConfigError as error:
+        advice = f"the variables are {', '.join(ENVIRONMENT.values())}"
+        return Check(name=name, status="fail", detail=str(error), advice=advice)
     given = {v: os.environ[v] for v in ENVIRONMENT.values() if os.environ.get(v, "").strip()}
     detail = ", ".join(f"{variable}={value}" for variable, value in given.items())
     if given and ENVIRONMENT["mode"] not in given:

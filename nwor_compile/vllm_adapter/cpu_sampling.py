@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nwor_compile.vllm_adapter import patches
+
 NOTE = (
     "vLLM {version}'s CPU sampler is repaired in these engines: it loses the temperatures of "
     "drafts, and has no synthetic acceptance"
@@ -28,12 +30,15 @@ NOTE = (
 def repair() -> None:
     """Replace the two functions in this process; a second call does nothing."""
     sampler: Any = importlib.import_module("vllm.v1.sample.rejection_sampler")
-    if sampler.expand_batch_to_tokens is expand_batch_to_tokens:
-        return
-    original = sampler.rejection_sample
-    sampler.expand_batch_to_tokens = expand_batch_to_tokens
-    sampler.rejection_sample = functools.wraps(original)(
-        functools.partial(_rejection_sample, sampler, original)
+    patches.wrap(
+        sampler,
+        "rejection_sampler.expand_batch_to_tokens",
+        lambda original, *args, **kwargs: expand_batch_to_tokens(*args, **kwargs),
+    )
+    patches.wrap(
+        sampler,
+        "rejection_sampler.rejection_sample",
+        functools.partial(_rejection_sample, sampler),
     )
 
 

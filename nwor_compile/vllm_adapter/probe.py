@@ -4,7 +4,8 @@ A process of its own for `nwor doctor --vllm`: making an engine's configuration 
 environment and vLLM's global state. No weights are read: the model is built on the meta device, or
 with `start` a whole engine with random weights.
 
-Both are JSON files. Request: `model`, `speculative_config`, `additional_config`, `llm` (further arguments), `start`.
+Both are JSON files. Request: `model`, `speculative_config`, `additional_config`, `llm` (further
+arguments), `start`.
 Answer: `refused` (an error at start, in words), or `device`, `worker`, `runner`, `compiled`, and
 `layers`: name, backend, implementation, and why it stays direct (empty: staged).
 """
@@ -69,21 +70,22 @@ def _configured(arguments: dict[str, Any]) -> dict[str, Any]:
         return {**found, "layers": [], "note": "layers are listed for one rank only"}
     context = config.compilation_config.static_forward_context
     staging = found["stages"]
-    layers = [_layer(name, layer, _why_direct(layer, staging)) for name, layer in context.items()]
+    layers = [
+        _layer(name, layer, _why_direct(name, layer, staging)) for name, layer in context.items()
+    ]
     return {**found, "layers": layers}
 
 
-def _why_direct(layer: Any, staging: str) -> str:
+def _why_direct(name: str, layer: Any, staging: str) -> str:
     """Empty if this layer's drafts would be staged."""
     if staging:
         return staging
+    from nwor_compile.vllm_adapter.refusals import layer_refusal
+
     shared = getattr(layer, "kv_sharing_target_layer_name", None)
     if shared is not None:
         return f"has no cache of its own: reads {shared}, staged rows included"
-    impl = getattr(layer, "impl", layer)
-    if not hasattr(impl, "stage_kv"):
-        return f"{type(impl).__name__} cannot read staged rows"
-    return ""
+    return layer_refusal(name, layer)
 
 
 def _started(arguments: dict[str, Any]) -> dict[str, Any]:

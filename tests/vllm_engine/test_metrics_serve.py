@@ -1,4 +1,9 @@
-"""A real `vllm serve` on CPU, a real Prometheus that scrapes it, and the dashboard's queries."""
+"""A real `vllm serve` on CPU, a real Prometheus that scrapes it, the dashboard's queries, and the
+examples that need an engine.
+
+Three engines: the server of examples/vllm_serve.sh; two API servers over two tensor-parallel ranks;
+the LLM of examples/vllm_offline.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pool import environment
 from prometheus_client.parser import text_string_to_metric_families
 
 from nwor_compile.metrics import GAUGES, Metrics
@@ -28,23 +34,10 @@ from nwor_compile.vllm_adapter.metrics_file import read, total
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "nwor_compile" / "demo" / "weights"
-DASHBOARD = ROOT / "examples" / "grafana" / "nwor.json"
-PROMETHEUS_CONFIG = ROOT / "examples" / "prometheus.yml"
-DRAFT_TOKENS = 4
+EXAMPLES = ROOT / "examples"
+DASHBOARD = EXAMPLES / "grafana" / "nwor.json"
+PROMETHEUS_CONFIG = EXAMPLES / "prometheus.yml"
 STARTED_WITHIN = 420.0  # seconds; compiling takes most of it on two busy cores
-ENGINE_OPTIONS = {
-    "dtype": "float32",
-    "max_model_len": 256,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
-    "block_size": 32,
-    "speculative_config": {
-        "model": str(WEIGHTS / "draft"),
-        "method": "draft_model",
-        "num_speculative_tokens": DRAFT_TOKENS,
-    },
-    "additional_config": {"nwor": {"mode": "stage"}},
-}
 
 
 def missing() -> str:
@@ -64,6 +57,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.usefixtures("a_core"),
 ]
 
 
@@ -71,6 +65,8 @@ pytestmark = [
 class Run:
     """What was seen of one server, from its start to after its end."""
 
+    ranks: int
+    client: str
     chunks: list[list[str]]
     scrapes: list[str]
     engine: dict[str, Any]
@@ -139,27 +135,38 @@ def process(
                 child.wait()
 
 
-def engine_environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_NWOR", "NWOR_"))}
-    return {
-        **kept,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        **more,
+def engine_environment(cache: str, **more: str) -> dict[str, str]:
+    """As for the other engines; `python` is this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    found = environment(cache, {"multiprocess": True, "environment": {"PATH": path, **more}})
+    return {key: text for key, text in found.items() if not key.startswith("NWOR_METRICS")} | {
+        key: text for key, text in more.items() if key.startswith("NWOR_METRICS")
     }
 
 
-def serve_command(port: int, api_servers: int) -> list[str]:
-    options = []
-    for name, value in ENGINE_OPTIONS.items():
-        text = json.dumps(value) if isinstance(value, dict) else str(value)
-        options += [f"--{name.replace('_', '-')}", text]
-    return [
-        sys.executable, str(Path(__file__).with_name("vllm_cli.py")), "serve",
-        str(WEIGHTS / "target"), "--served-model-name", "tiny", "--host", "127.0.0.1",
-        "--port", str(port), "--api-server-count", str(api_servers), *options,
-    ]  # fmt: skip
+# The same engine as the example's, as far as it goes: the ranks differ.
+TWO_OF_EACH = {
+    "--served-model-name": "tiny", "--dtype": "float32", "--max-model-len": "256",
+    "--max-num-seqs": "4", "--max-num-batched-tokens": "64", "--block-size": "32",
+    "--api-server-count": "2", "--tensor-parallel-size": "2",
+    "--additional-config": json.dumps({"nwor": {"mode": "stage"}}),
+    "--speculative-config": json.dumps({
+        "method": "draft_model", "model": str(WEIGHTS / "draft"), "num_speculative_tokens": 4,
+        "draft_tensor_parallel_size": 2,
+    }),
+}  # fmt: skip
+
+
+def serve_command(port: int, servers: int) -> list[str]:
+    """The example, or two API servers and two ranks through vLLM's own command."""
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    if servers == 1:
+        script = str(EXAMPLES / "vllm_serve.sh")
+        tiny = [str(WEIGHTS / "target"), str(WEIGHTS / "draft")]
+        return ["bash", script, *tiny, *where]
+    options = [word for pair in TWO_OF_EACH.items() for word in pair]
+    cli = str(Path(__file__).with_name("vllm_cli.py"))
+    return [sys.executable, cli, "serve", str(WEIGHTS / "target"), *where, *options]
 
 
 def prometheus_command(folder: Path, target: str, port: int) -> list[str]:
@@ -213,6 +220,12 @@ def dashboard_models(prometheus: str) -> list[str]:
     return list(answer["data"])
 
 
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def watch(url: str, prometheus: str) -> tuple[list[list[str]], dict[str, Any]]:
     """Stream completions until Prometheus has seen the counters grow; return what was said, and
     the engine's own numbers afterwards."""
@@ -228,26 +241,21 @@ def watch(url: str, prometheus: str) -> tuple[list[list[str]], dict[str, Any]]:
     return chunks, json.loads(get(f"{url}/collective_rpc", {"method": "nwor_metrics"}))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vLLM's compile cache of this module, whose engines share one graph: NWOR_TEST_VLLM_CACHE, or
-    a new folder."""
-    return Path(os.environ.get("NWOR_TEST_VLLM_CACHE") or tmp_path_factory.mktemp("vllm_cache"))
-
-
-@pytest.fixture(scope="module", params=[1, 2], ids=["one_api_server", "two_api_servers"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["example", "two_api_servers_two_ranks"])
 def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compile_cache: str
 ) -> Run:
+    if len(os.sched_getaffinity(0)) < request.param:
+        pytest.skip("two ranks need two cores")
     folder = tmp_path_factory.mktemp("serve")
     kept = folder / "kept"
     kept.mkdir()
     port, watcher_port = free_port(), free_port()
     url, prometheus = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{watcher_port}"
     env = engine_environment(
+        compile_cache,
         VLLM_SERVER_DEV_MODE="1",  # for /collective_rpc
         VLLM_NWOR_DEBUG="1",
-        VLLM_CACHE_ROOT=str(cache),
         NWOR_METRICS_DIR=str(kept),
     )
     log = folder / "server.log"
@@ -267,20 +275,36 @@ def run(
             return True
 
         wait_for(healthy, STARTED_WITHIN, "the server's start")
+        client = output_of(sys.executable, str(EXAMPLES / "vllm_client.py"), "--url", url)
         chunks, engine = watch(url, prometheus)
         # Each request is a connection of its own, so that every API server gets some.
         scrapes = [get(f"{url}/metrics") for _ in range(12)]
         queries = {text: query(prometheus, text) for text in dashboard_queries()}
         models = dashboard_models(prometheus)
     results = engine["results"]
-    assert len(results) == 1
+    assert len(results) == request.param
+    assert all(each == results[0] for each in results)
     files = sorted(kept.iterdir())
-    return Run(chunks, scrapes, results[0], queries, models, log.read_text(), files)
+    return Run(
+        request.param, client, chunks, scrapes, results[0], queries, models, log.read_text(), files
+    )
 
 
 def test_completions_arrive_in_pieces(run: Run) -> None:
-    assert len(run.chunks) >= 3
+    assert run.chunks
     assert all(len(chunks) > 3 and "".join(chunks) for chunks in run.chunks)
+
+
+def test_the_example_client_streams_and_prints_the_counters(run: Run) -> None:
+    text, *lines = run.client.splitlines()
+    shown = dict(line.split() for line in lines if line.startswith("vllm:"))
+    assert len(text) > len("And it came to pass in those days, that")
+    staged, committed, rejected = (
+        float(shown[f"vllm:nwor_total_{what}_total"])
+        for what in ("staged", "committed", "rejected")
+    )
+    assert staged == committed + rejected > 0
+    assert float(shown["vllm:nwor_windows_total"]) > 0
 
 
 def test_metrics_are_those_of_the_engine(run: Run) -> None:
@@ -302,6 +326,7 @@ def test_metrics_are_those_of_the_engine(run: Run) -> None:
 
 
 def test_metrics_agree_with_vllms_own(run: Run) -> None:
+    """So they are not multiplied by ranks or API servers."""
     assert run.value("vllm:nwor_total_staged_total") == run.value(
         "vllm:spec_decode_num_draft_tokens_total"
     )
@@ -337,68 +362,77 @@ def test_the_counters_survive_the_server(run: Run) -> None:
     assert report == {name: run.engine[name] for name in report}
 
 
-LLM_SCRIPT = """
+# Runs the example, and keeps what an LLM says of itself at the moment when the example asks.
+OBSERVED = """
 import json, sys
+import vllm
 from pathlib import Path
 
+sys.path.insert(0, sys.argv[1])
+out, seen = Path(sys.argv.pop()), {}
+
+class Observed(vllm.LLM):
+    def get_metrics(self):
+        found = super().get_metrics()
+        seen["engine"] = self.collective_rpc("nwor_metrics")
+        seen["served"] = [
+            [each.name, each.value] for each in found if each.name.startswith("vllm:nwor_")
+        ]
+        return found
+
 def main():
-    from vllm import LLM, SamplingParams
+    import vllm_offline
     from nwor_compile.vllm_adapter.metrics import last_report
 
-    options, weights = json.loads(sys.argv[1]), Path(sys.argv[2])
-    llm = LLM(str(weights / "target"), disable_log_stats=False, **options)
-    text = (weights / "heldout.txt").read_text()
-    llm.generate([text[:100], text[500:590]], SamplingParams(temperature=0, max_tokens=24))
-    engine = llm.collective_rpc("nwor_metrics")
-    served = [
-        [each.name, each.labels, each.value]
-        for each in llm.get_metrics() if each.name.startswith("vllm:nwor_")
-    ]
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    after = last_report().model_dump()
-    Path(sys.argv[3]).write_text(json.dumps({"engine": engine, "served": served, "after": after}))
+    del sys.argv[1:]
+    vllm.LLM = Observed
+    vllm_offline.main()
+    out.write_text(json.dumps({**seen, "after": last_report().model_dump()}))
 
 if __name__ == "__main__":
     main()
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["one_rank", "two_ranks"])
-def test_get_metrics_of_an_llm_and_a_report_after_its_shutdown(
-    ranks: int, cache: Path, tmp_path: Path
-) -> None:
-    """Tensor-parallel ranks count the same rows; they are served once."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < ranks:
-        pytest.skip(f"needs {ranks} cores")
-    options: dict[str, Any] = {**ENGINE_OPTIONS, "tensor_parallel_size": ranks}
-    options["speculative_config"] = {
-        **options["speculative_config"],
-        "draft_tensor_parallel_size": ranks,
-    }
-    env = engine_environment(VLLM_CACHE_ROOT=str(cache))
-    if ranks > 1:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in cores[:ranks])
-    script, out = tmp_path / "llm.py", tmp_path / "out.json"
-    script.write_text(LLM_SCRIPT)
+@pytest.fixture(scope="module")
+def offline(
+    tmp_path_factory: pytest.TempPathFactory, compile_cache: str
+) -> tuple[str, dict[str, Any]]:
+    """What examples/vllm_offline.py printed, and what was seen of its LLM."""
+    folder = tmp_path_factory.mktemp("offline")
+    script, out = folder / "observed.py", folder / "out.json"
+    script.write_text(OBSERVED)
     done = subprocess.run(
-        [sys.executable, script, json.dumps(options), WEIGHTS, out],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=STARTED_WITHIN,
-    )
+        [sys.executable, script, EXAMPLES, out], env=engine_environment(compile_cache),
+        capture_output=True, text=True, timeout=STARTED_WITHIN,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads(out.read_text())
-    engine = result["engine"][0]
-    assert len(result["engine"]) == ranks
-    assert all(each == engine for each in result["engine"])
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_get_metrics_of_an_llm_and_a_report_after_its_shutdown(offline: Any) -> None:
+    _, seen = offline
+    (engine,) = seen["engine"]
     assert engine["nwor_total_committed"] > 0
-    assert result["after"] == {name: engine[name] for name in Metrics.model_fields}
+    assert seen["after"] == {name: engine[name] for name in Metrics.model_fields}
     served: dict[str, list[float]] = {}
-    for name, _, value in result["served"]:
+    for name, value in seen["served"]:
         served.setdefault(name, []).append(value)
     assert served.pop("vllm:nwor_active") == [1]
     wanted = {f"vllm:{name}": engine[name] for name in Metrics.model_fields}
     assert served == {k: v if isinstance(v, list) else [v] for k, v in wanted.items()}
+
+
+def test_the_offline_example_prints_acceptance_and_rows_against_direct(offline: Any) -> None:
+    text, seen = offline
+    (engine,) = seen["engine"]
+    staged, committed, certain = (
+        engine[f"nwor_{name}"] for name in ("total_staged", "total_committed", "certain_rows")
+    )
+    assert f"{staged} drafts staged, {committed} accepted ({committed / staged:.1%})" in text
+    assert f"vllm:spec_decode_num_accepted_tokens {committed}" in text
+    assert (
+        f"cache rows written: {certain + committed}; a direct run would have written "
+        f"{certain + staged}" in text
+    )
+    assert "fallbacks 0, windows with an error 0" in text
