@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 app = typer.Typer(
     name="nwor",
@@ -14,8 +15,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+class _EngineByDefault(TyperGroup):
+    """`nwor bench` alone, or with options only, is `nwor bench engine`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["engine", *args]
+        return super().parse_args(ctx, args)
+
+
 bench = typer.Typer(
-    help="Measure, with a baseline in the same run.", no_args_is_help=True, add_completion=False
+    help="Measure, with a baseline in the same run. Without a command: engine.",
+    cls=_EngineByDefault,
+    add_completion=False,
 )
 app.add_typer(bench, name="bench")
 
@@ -71,6 +85,22 @@ def doctor_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Do not compile the sample model with Inductor.")
     ] = False,
+    vllm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What would a vLLM engine of this model stage? `tiny`: this package's models.",
+        ),
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="With --vllm: as for `vllm serve`.")
+    ] = None,
+    additional_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="With --vllm: as for `vllm serve`.")
+    ] = None,
+    start_engine: Annotated[
+        bool, typer.Option("--start-engine", help="With --vllm: start it, with random weights.")
+    ] = False,
 ) -> None:
     """Versions, compiler, devices, ops, settings, and what would be staged or refused and why.
 
@@ -78,9 +108,12 @@ def doctor_command(
     """
     from rich.console import Console
 
-    from nwor_compile.doctor import diagnose, show
+    from nwor_compile.doctor import EngineQuestion, diagnose, show
 
-    found = diagnose(model, compile_sample=not quick)
+    engine = None
+    if vllm is not None:
+        engine = EngineQuestion(vllm, speculative_config, additional_config, start_engine)
+    found = diagnose(model, compile_sample=not quick, engine=engine)
     if json:
         typer.echo(found.model_dump_json(indent=2))
     else:
