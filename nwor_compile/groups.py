@@ -140,9 +140,18 @@ def _typed_out_of_memory(what: str, wanted: int, device: torch.device) -> Iterat
 
 
 def check_layers(
-    layers: Caches, groups: Mapping[str, str], *, poison: bool, kv_cache_dtype: str
+    layers: Caches,
+    groups: Mapping[str, str],
+    *,
+    poison: bool,
+    kv_cache_dtype: str,
+    by_name: bool = False,
 ) -> None:
-    """Raise WindowInputError unless these caches can be staged in one window."""
+    """Raise WindowInputError unless these caches can be staged in one window.
+
+    With `by_name`, layers of different slot groups may share memory: an engine gives each block to
+    one group at a time.
+    """
     if not layers:
         raise WindowInputError("layers: expected at least one named (key cache, value cache) pair")
     unknown = [name for name in groups if name not in layers]
@@ -163,15 +172,15 @@ def check_layers(
                 check_dtype("key cache", key, kv_cache_dtype, key.dtype)
         except (ValueError, TypeError) as error:
             raise WindowInputError(f"layer {name!r}: {error}") from error
-    _check_distinct(layers)
+    _check_distinct(layers, groups if by_name else {})
 
 
-def _check_distinct(layers: Caches) -> None:
-    owners: dict[int, str] = {}
+def _check_distinct(layers: Caches, groups: Mapping[str, str]) -> None:
+    owners: dict[tuple[str, int], str] = {}
     for name, pair in layers.items():
         for kind, cache in zip(("key", "value"), pair, strict=True):
             mine = f"{kind} cache of {name!r}"
-            other = owners.setdefault(cache.data_ptr(), mine)
+            other = owners.setdefault((groups.get(name, "kv"), cache.data_ptr()), mine)
             if other != mine:
                 raise WindowInputError(
                     f"layers: the {mine} is the {other}; layers that share a cache are one layer"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nwor_compile.groups import LayerBatch
 from nwor_compile.ops import accept_mask, commit_kv
+from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import Routing
 from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 
@@ -43,6 +44,8 @@ class WindowTensors:
 
     drafts: int32 `[max_requests]`, the step's draft counts (routing's are zero in direct mode).
     error: int32 `[1]`. state: int32 `[layers, 2]`. counters: int64.
+    share_error: where several ranks hold shares of one model, leaves the largest of their error
+        flags in each one's; see `Window`.
     """
 
     routing: Routing
@@ -52,6 +55,7 @@ class WindowTensors:
     counters: Tensor
     batches: list[LayerBatch]
     staging: bool
+    share_error: Callable[[Tensor], None] | None = None
 
 
 def validate(
@@ -67,7 +71,8 @@ def validate(
     """
     requests = sampled_ids.shape[0]
     ends = tensors.drafts[:requests].cumsum(0, dtype=torch.int32)
-    mask, accepted, mismatch = accept_mask(sampled_ids, draft_ids, ends, num_sampled)
+    with span("nwor.accept"):
+        mask, accepted, mismatch = accept_mask(sampled_ids, draft_ids, ends, num_sampled)
     # Drafts without an id would count as accepted, and their rows would be lost.
     short = ends[-1:] > (draft_ids.shape[0] if ids_given is None else ids_given)
     return finish(tensors, mask, accepted, ((mismatch != 0) | short).to(torch.int32) * ID_MISMATCH)
@@ -81,25 +86,28 @@ def finish(tensors: WindowTensors, mask: Tensor, accepted: Tensor, bits: Tensor)
     overflow = (tensors.state[:, 1] != 0).any().to(torch.int32)
     error = tensors.error
     error |= bits | uneven * COUNT_MISMATCH | overflow * OVERFLOW
+    if tensors.share_error is not None:
+        tensors.share_error(error)
     accepted = torch.where(error == 0, accepted, 0)
     mask = mask & (error == 0)
     if not tensors.staging:
         return Committed(accepted, mask, error)
-    for index, batch in enumerate(tensors.batches):
-        commit_kv(
-            batch.key_caches,
-            batch.value_caches,
-            batch.staged_key,
-            batch.staged_value,
-            batch.slots,
-            mask,
-            error,
-            tensors.drafts[:requests],
-            accepted,
-            tensors.counters if index == 0 else None,
-            batch.table,
-            tensors.state.shape[0],
-        )
+    with span("nwor.commit"):
+        for index, batch in enumerate(tensors.batches):
+            commit_kv(
+                batch.key_caches,
+                batch.value_caches,
+                batch.staged_key,
+                batch.staged_value,
+                batch.slots,
+                mask,
+                error,
+                tensors.drafts[:requests],
+                accepted,
+                tensors.counters if index == 0 else None,
+                batch.table,
+                tensors.state.shape[0],
+            )
     return Committed(accepted, mask, error)
 
 
@@ -271,7 +279,8 @@ def _replay(
         num_sampled = (sampled_ids >= 0).to(torch.int32).cumprod(1).sum(1)
     captured.num_sampled[:requests].copy_(num_sampled)
     captured.num_sampled[:requests].clamp_(max=columns)
-    captured.graph.replay()
+    with span("nwor.commit"):  # acceptance too: one graph
+        captured.graph.replay()
     result = captured.result
     return Committed(result.accepted[:requests], result.mask[: draft_ids.shape[0]], result.error)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from nwor_compile.groups import Caches, build_batches, check_layers, check_sizes
 from nwor_compile.metrics import Metrics, read_metrics
 from nwor_compile.ops import counter_size
 from nwor_compile.ops.counters import COUNTERS
+from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import (
     LayerStaging,
     register_direct,
@@ -63,6 +64,12 @@ class Window:
         kv_cache_dtype: as for `reshape_and_cache`; poison mode and byte counts need it.
         groups: name to slot group, where layers do not share one slot mapping.
         direct_caches: key caches of a drafter that runs rewritten ops inside windows.
+        by_name: the engine's ops find their staging by layer name, in `layers`. Caches are not
+            registered then, and layers of different slot groups may share memory.
+        share_error: for a model that is split over ranks, each with a window of its own: called at
+            every commit, before anything is written, with the error flag int32 `[1]`, to leave the
+            largest flag of all ranks in it (a MAX all-reduce). Else a fault that one rank alone
+            sees would make the ranks commit different rows.
     Raises:
         WindowInputError, StagingAllocationError, ConfigError, ValueError: nothing stays registered.
     """
@@ -78,11 +85,15 @@ class Window:
         kv_cache_dtype: str = "auto",
         groups: Mapping[str, str] | None = None,
         direct_caches: Iterable[Tensor] = (),
+        by_name: bool = False,
+        share_error: Callable[[Tensor], None] | None = None,
     ) -> None:
         check_sizes(max_requests=max_requests, max_drafts=max_drafts, max_tokens=max_tokens)
         self.config = config if config is not None else NworConfig.load()
         poison = self.config.poison != "off"
-        check_layers(layers, groups or {}, poison=poison, kv_cache_dtype=kv_cache_dtype)
+        check_layers(
+            layers, groups or {}, poison=poison, kv_cache_dtype=kv_cache_dtype, by_name=by_name
+        )
         self.max_requests, self.max_drafts, self.max_tokens = max_requests, max_drafts, max_tokens
         self.capacity = max_requests * max_drafts
         self.kv_cache_dtype = kv_cache_dtype
@@ -98,6 +109,7 @@ class Window:
             counters=torch.zeros(counter_size(max_drafts), dtype=torch.int64, device=device),
             batches=batches,
             staging=self.config.mode == "stage",
+            share_error=share_error,
         )
         self.validator = GraphValidator(
             self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
@@ -109,7 +121,7 @@ class Window:
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
-        self._register(direct_caches)
+        self._register(direct_caches, by_name=by_name)
         self._announce()
 
     @property
@@ -163,7 +175,8 @@ class Window:
         self._requests = num_drafts.shape[0]
         if not self._fake:
             try:
-                self._route(num_drafts, query_start_loc, slots)
+                with span("nwor.begin"):
+                    self._route(num_drafts, query_start_loc, slots)
             except BaseException:
                 # Half a window would stage the rows of the next forward pass, and lose them.
                 clear(self.tensors.routing)
@@ -270,7 +283,7 @@ class Window:
         self._layers.clear()
         self._state = State.CLOSED
 
-    def _register(self, direct_caches: Iterable[Tensor]) -> None:
+    def _register(self, direct_caches: Iterable[Tensor], *, by_name: bool) -> None:
         try:
             for batch in self.tensors.batches:
                 for index, name in enumerate(batch.names):
@@ -281,8 +294,10 @@ class Window:
                         state=batch.state[index],
                         routing=self.tensors.routing,
                     )
-                    register_layer(batch.key_caches[index], batch.value_caches[index], staging)
                     self._layers[name] = staging
+                    if by_name:
+                        continue
+                    register_layer(batch.key_caches[index], batch.value_caches[index], staging)
                     self._registered.append(batch.key_caches[index])
             for cache in direct_caches:
                 register_direct(cache)

@@ -28,6 +28,7 @@ from nwor_compile.ops.attention import (
 )
 from nwor_compile.ops.cache_write import WRITE_SCHEMA, check_write, reshape_and_cache, stage_kv
 from nwor_compile.ops.library import define_composite
+from nwor_compile.ops.ranges import span
 
 
 class UnregisteredCacheError(RuntimeError):
@@ -182,10 +183,11 @@ def _stage_window(
         reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *options)
         return
     executed()
-    stage_kv(
-        key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
-        slot_mapping, staging.routing.row_map, *options,
-    )  # fmt: skip
+    with span("nwor.stage"):
+        stage_kv(
+            key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
+            slot_mapping, staging.routing.row_map, *options,
+        )  # fmt: skip
 
 
 def _stage_window_fake(*args: object, **kwargs: object) -> None:

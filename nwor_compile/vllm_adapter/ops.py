@@ -6,11 +6,13 @@ serve both models.
 
 import torch
 from torch import Tensor
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 
 from nwor_compile.errors import ConfigError
+from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import LayerStaging
 
 _library = torch.library.Library("nwor", "FRAGMENT")
@@ -39,7 +41,8 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
         if staging is None:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
-            layer.impl.stage_kv(layer, key, value, kv_cache, slots, staging)
+            with span("nwor.stage"):
+                layer.impl.stage_kv(layer, key, value, kv_cache, slots, staging)
         _executions["direct" if staging is None else "staged"] += 1
     return key.new_empty(0)
 
@@ -48,6 +51,8 @@ def _stage_fake(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor
     return torch.empty(0, device=key.device, dtype=key.dtype)
 
 
+# In this order, as on vLLM's op: the connector's calls belong into the eager segment.
+@eager_break_during_capture
 @maybe_transfer_kv_layer
 def _verify(
     query: Tensor,
