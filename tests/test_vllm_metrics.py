@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
+from torch.utils._python_dispatch import TorchDispatchMode
 from window_support import ALL, SOME, Rig, rig
 
 from nwor_compile.metrics import GAUGES, Metrics
@@ -110,7 +112,16 @@ def test_data_parallel_engines_are_told_apart_and_the_report_adds_them(
 
 
 def test_an_engine_that_was_asked_to_stage_and_does_not_is_visible(prefix: Path) -> None:
-    assert scrape() == {"vllm:nwor_active": {("tiny",): 0}}
+    settings = {"nwor": {"mode": "stage", "strict": False}}
+    served = SimpleNamespace(served_model_name="tiny")
+    config = SimpleNamespace(
+        additional_config=settings, model_config=served, parallel_config=SimpleNamespace()
+    )
+    metrics.serve(config, refused=["enforce_eager", "no speculative_config"])
+    assert scrape() == {
+        "vllm:nwor_active": {("tiny",): 0},
+        "vllm:nwor_refused_total": {("tiny",): 2},
+    }
     assert metrics.last_report() is None
 
 
@@ -202,3 +213,27 @@ def test_a_worker_without_the_variable_says_so(
     monkeypatch.delenv(metrics.PREFIX_VARIABLE, raising=False)
     PublishingWorker(staging, 0).compile_or_warm_up_model()
     assert "collective_rpc('nwor_metrics')" in caplog.text
+
+
+class Operations(TorchDispatchMode):
+    """Names of the ops that ran, and whether each copy may be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        non_blocking = func is torch.ops.aten.copy_.default and True in args[2:]
+        self.names.append(func.name() + " non_blocking" * non_blocking)
+        return func(*args, **(kwargs or {}))
+
+
+def test_publishing_waits_for_nothing(prefix: Path, staging: Rig) -> None:
+    """One copy that nobody waits for, and no number is read back."""
+    file = writer(prefix, staging)
+    staging.run(SOME)
+    with Operations() as seen:
+        file.publish()
+    assert seen.names == ["aten::copy_ non_blocking"]

@@ -14,6 +14,7 @@ from nwor_compile.bench.engine_result import METRICS, EngineResult, Summary
 from nwor_compile.bench.engine_rows import Row
 
 LATENCY = ("step_ms", "token_ms", "first_token_ms", "tokens_per_second", "tokens_per_step")
+BY_BATCH = ("step_ms", "tokens_per_second", "acceptance", "rows_written", "rows_direct")
 DASH = "-"
 
 
@@ -89,11 +90,11 @@ def tables(result: EngineResult) -> list[tuple[str, list[str], list[list[str]]]]
         cells = [
             [b.label, str(b.seed), str(b.batch),
              *(f"{b.metrics[n]:{METRICS[n].form}}" if n in b.metrics else DASH
-               for n in ("step_ms", "tokens_per_second", "acceptance")),
+               for n in BY_BATCH),
              f"{b.ratios['step_ms']:.3f}" if "step_ms" in b.ratios else DASH]
             for b in result.batches
         ]  # fmt: skip
-        header = ["engine", "seed", "batch", "ms per step", "tokens/s", "acceptance"]
+        header = ["engine", "seed", "batch", *(METRICS[name].title for name in BY_BATCH)]
         found.append(("By batch", [*header, "ms per step / off"], cells))
     return found
 

@@ -1,45 +1,57 @@
-"""`nwor bench engine` with the real CPU engine: one short run of NWOR off and stage."""
+"""`nwor bench engine` with the real CPU engine: the seeds' command line, shortened, of NWOR off and
+stage, with synthetic acceptance and then resumed."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pool import environment
 
-from nwor_compile.bench.engine import has_vllm
+from nwor_compile.demo.text import WEIGHTS
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not has_vllm(), reason="needs vLLM"),
+    pytest.mark.usefixtures("a_core"),
 ]
 
 ARGUMENTS = (
-    "--requests", "3", "--batches", "1", "--repeats", "2", "--max-tokens", "12",
-    "--max-model-len", "128", "--nwor-modes", "off,stage", "--scv-modes", "graph",
+    "--scenario", "short", "--requests", "3", "--batches", "1", "--draft-tokens", "4",
+    "--temperature", "0.7", "--max-model-len", "128", "--nwor-modes", "off,stage",
+    "--scv-modes", "graph",
+    "--repeats", "2", "--max-tokens", "12", "--dtype", "float32",
+    "--synthetic-acceptance-rates", "1,0.5,0.5,0",
 )  # fmt: skip
+# As the seeds set them; the modes are named twice there, and the options count.
+VARIABLES = {
+    "TARGET_MODEL": str(WEIGHTS / "target"),
+    "DRAFT_MODEL": str(WEIGHTS / "draft"),
+    "VLLM_NWOR_MODE": "stage",
+    "VLLM_SCV_MODE": "off",
+}
 
 
-def bench(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    names = ("TARGET_MODEL", "DRAFT_MODEL", "VLLM_NWOR_MODE", "VLLM_SCV_MODE")
-    environment = {k: v for k, v in os.environ.items() if k not in names}
+def bench(cache: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nwor_compile.cli", "bench", "engine", *ARGUMENTS]
     return subprocess.run(
         [*command, "--output", str(folder), *more],
-        capture_output=True, text=True, timeout=1100, env=environment, check=False,
+        capture_output=True, text=True, timeout=1100, check=False,
+        env=environment(cache, {"environment": VARIABLES}),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def run(
+    tmp_path_factory: pytest.TempPathFactory, compile_cache: str
+) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("bench") / "out"
-    done = bench(folder)
+    done = bench(compile_cache, folder)
     logs = "".join(path.read_text()[-3000:] for path in folder.glob("logs/*"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     return folder, json.loads((folder / "result.json").read_text()), done.stdout
@@ -75,9 +87,20 @@ def test_staged_writes_one_row_a_token_and_changes_no_token(run: Any) -> None:
     assert result["engines"][1]["staging_memory_bytes"] > 0
 
 
-def test_a_resumed_run_starts_no_engine(run: Any) -> None:
+def test_synthetic_acceptance_is_what_was_asked_for(run: Any) -> None:
+    """The first draft always, the last one never; the two between stand or fall together."""
+    _, result, text = run
+    for summary in result["summaries"]:
+        first, second, third, last = summary["acceptance_per_position"]
+        assert (first, last) == (1.0, 0.0)
+        assert 0 < second == third < 1
+    assert any("CPU sampler is repaired" in note for note in result["notes"])
+    assert "VLLM_NWOR_MODE is not used here" in text
+
+
+def test_a_resumed_run_starts_no_engine(run: Any, compile_cache: str) -> None:
     folder, result, _ = run
-    done = bench(folder, "--resume")
+    done = bench(compile_cache, folder, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starting vLLM" not in done.stdout
     again = json.loads((folder / "result.json").read_text())
