@@ -11,6 +11,7 @@ from nwor_compile.errors import (
     WindowOrderError,
 )
 from nwor_compile.metrics import Metrics, NworCollector
+from nwor_compile.named_pass import vllm_pass
 from nwor_compile.passes import VisibilityError, last_reports
 from nwor_compile.scv import Committed
 from nwor_compile.window import State, Window
@@ -33,4 +34,5 @@ __all__ = [
     "__version__",
     "compile_options",
     "last_reports",
+    "vllm_pass",
 ]

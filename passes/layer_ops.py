@@ -16,19 +16,24 @@ graph input; it is passed on, never looked at, since one compiled piece can serv
 NOTE [visibility by name]: the cache can only be reached through ops that take a layer name, so a
 write is staged only if its result (the dummy that orders the two) goes to redirected attention
 ops and nowhere else. Attention without a write of its own (KV sharing) reads another layer's
-staged rows and is redirected as well.
+staged rows and is redirected as well. Attention that depends on another op's write (a fusion put
+rope or a norm into it) cannot be staged: that write goes to the cache.
 """
 
 from __future__ import annotations
 
+import operator
 import time
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from nwor_compile.passes.calls import callee, is_functionalized
+from nwor_compile.passes.calls import arguments, callee, is_functionalized
 from nwor_compile.passes.report import Decision, Report, VisibilityError, keep
 from nwor_compile.passes.table import op_name, resolve
+
+DEPENDENCY = "kv_cache_dummy_dep"
+"""The attention op's argument that orders it after the write."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def rewrite_layers(
     start = time.perf_counter()
     writes = [node for node in graph.nodes if op_name(callee(node)) == ops.write]
     readers = [node for node in graph.nodes if op_name(callee(node)) == ops.attention]
-    report = Report(name, [_decide(write, ops) for write in writes])
+    foreign = [d for d in (_foreign(reader, ops) for reader in readers) if d is not None]
+    report = Report(name, [_decide(write, ops) for write in writes] + foreign)
     if strict and report.refused:
         raise VisibilityError(
             "strict mode, and these cache writes cannot be staged:\n"
@@ -85,6 +91,23 @@ def _decide(write: Node, ops: LayerOps) -> Decision:
     elif not readers:
         reason = "no attention op of this graph depends on it"
     return Decision(write.name, ops.write, tuple(reader.name for reader in readers), reason)
+
+
+def _foreign(reader: Node, ops: LayerOps) -> Decision | None:
+    """The refusal of an attention op whose cache another op of this graph has written."""
+    dep = arguments(reader).get(DEPENDENCY)
+    source = dep
+    if isinstance(source, Node) and source.target is operator.getitem:
+        source = source.args[0]
+    if not isinstance(source, Node):
+        return None
+    op = op_name(callee(source))
+    if not op or op in (ops.write, ops.staged_write):
+        return None  # a graph input, where the graph was split between the two, or ours
+    reason = (
+        f"{op} writes the cache of {reader.name} instead; turn off the fusion that put it there"
+    )
+    return Decision(source.name, op, reason=reason)
 
 
 def _swap(graph: Graph, node: Node, staged: str) -> None:

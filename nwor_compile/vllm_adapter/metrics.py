@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from nwor_compile.metrics import GAUGES, Metrics
+from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.metrics_file import Snapshot, read_all, total
 from nwor_compile.vllm_adapter.settings import requested
 
@@ -39,15 +40,16 @@ DIRECTORY_VARIABLE = "NWOR_METRICS_DIR"
 """Set by users who want to keep the files: an existing directory, on CUDA one in memory. Otherwise
 a temporary one, which goes with the process that started the engine."""
 
-_WRAPPED = "_nwor_wrapped"
 
-
-def serve(config: Any) -> None:
+def serve(config: Any, refused: Sequence[str] = ()) -> None:
     """Serve the counters of the engine that `config` (a VllmConfig) is for, from this process.
+
+    refused: why this engine runs direct although it was asked to stage (`"strict": false`).
 
     Counters of an earlier engine of this process are served no more, as with vLLM's own.
     """
     settings = requested(config.additional_config)
+    _collector.refused = list(refused)
     if settings is None or settings.mode != "stage":
         _collector.model = None
         os.environ.pop(PREFIX_VARIABLE, None)
@@ -76,11 +78,14 @@ class NworEngineCollector(Collector):
     """Reads the files when scraped. Families are called `vllm:` + the name in `Metrics`, with
     vLLM's labels; as for vLLM's own counters, /metrics appends `_total` to those that count.
 
-    `vllm:nwor_active` is 0 where staging was asked for and the engine runs direct.
+    `vllm:nwor_active` is 0 where staging was asked for and the engine runs direct; then
+    `vllm:nwor_refused` counts the reasons that its configuration gave.
     """
 
     model: str | None = None
     """Of the engine that was asked to stage; None if there is none."""
+    refused: Sequence[str] = ()
+    """Why that engine runs direct, if its configuration was refused."""
 
     def describe(self) -> list[Any]:
         """Nothing: the registry then asks for no numbers when this is registered."""
@@ -95,6 +100,11 @@ class NworEngineCollector(Collector):
         active.add_metric([self.model], float(bool(engines)))
         yield active
         if not engines:
+            refused = CounterMetricFamily(
+                "vllm:nwor_refused", "NWOR: reasons to run direct", labels=["model_name"]
+            )
+            refused.add_metric([self.model], len(self.refused))
+            yield refused
             return
         for name, first in engines[0][1].items():
             labels = ["model_name", "engine"] + ["position"] * isinstance(first, list)
@@ -121,16 +131,11 @@ def _register() -> None:
     """Put the collector where a scrape finds it, with one API server and with several; once."""
     with contextlib.suppress(ValueError):  # "Duplicated timeseries": it is there already
         REGISTRY.register(_collector)
-    collect = MultiProcessCollector.collect
-    if getattr(collect, _WRAPPED, False):
-        return
+    patches.wrap(MultiProcessCollector, "MultiProcessCollector.collect", _collect_all)
 
-    @functools.wraps(collect)
-    def collect_all(self: MultiProcessCollector) -> list[Metric]:
-        return [*collect(self), *_collector.collect()]
 
-    setattr(collect_all, _WRAPPED, True)
-    MultiProcessCollector.collect = collect_all  # type: ignore[method-assign]
+def _collect_all(original: Callable[..., Any], self: MultiProcessCollector) -> list[Metric]:
+    return [*original(self), *_collector.collect()]
 
 
 def _is_one_of_several(parallel: Any) -> bool:

@@ -8,54 +8,33 @@ need no hook of their own.
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.metrics_log import use_vllm_handlers
-
-log = logging.getLogger("nwor_compile")
-
-_WRAPPED = "_nwor_wrapped"
 
 
 def register() -> None:
     """Install the hook; a second call does nothing."""
     from vllm.engine.arg_utils import EngineArgs
 
-    use_vllm_handlers()
-    create = EngineArgs.create_engine_config
-    if getattr(create, _WRAPPED, False):
-        return
-
-    @functools.wraps(create)
-    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        from nwor_compile.vllm_adapter.configure import configure
-        from nwor_compile.vllm_adapter.metrics import serve
-
-        _forget_backend()
-        config = configure(create(self, *args, **kwargs))
-        serve(config)
-        return config
-
-    setattr(create_engine_config, _WRAPPED, True)
-    EngineArgs.create_engine_config = create_engine_config
-    _announce_variables()
-
-
-def _announce_variables() -> None:
-    """Tell vLLM that these variables are known, or it warns of each.
-
-    vLLM hashes every variable that it knows into its compile-cache key. What changes the graph gets
-    there through `additional_config`; the rest must not. So all it ever reads here is None.
-    """
-    from vllm import envs
-
     from nwor_compile.config import ENVIRONMENT
 
-    for variable in ENVIRONMENT.values():
-        envs.environment_variables.setdefault(variable, _nothing)
+    use_vllm_handlers()
+    patches.wrap(EngineArgs, "EngineArgs.create_engine_config", _create_engine_config)
+    patches.announce_variables(ENVIRONMENT.values())
+
+
+def _create_engine_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from nwor_compile.vllm_adapter.configure import configure
+    from nwor_compile.vllm_adapter.metrics import serve
+
+    _forget_backend()
+    config = original(*args, **kwargs)
+    serve(config, refused=configure(config))
+    return config
 
 
 def _forget_backend() -> None:
@@ -63,7 +42,3 @@ def _forget_backend() -> None:
     backend = sys.modules.get("nwor_compile.vllm_adapter.cpu_backend")
     if backend is not None:
         backend.forget()
-
-
-def _nothing() -> None:
-    return None

@@ -11,19 +11,20 @@ Methods of the runner instance that are wrapped, with what each is needed for:
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
-from nwor_compile.vllm_adapter import ops
+from nwor_compile.vllm_adapter import ops, patches
 from nwor_compile.vllm_adapter.cpu_backend import is_packed, split_cache
+from nwor_compile.vllm_adapter.refusals import layer_refusal
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
@@ -47,19 +48,14 @@ class RunnerHooks:
         self._metadata: Any = None
         self._calls_before = ops.executions()["calls"]
         if hasattr(runner, "drafter") and hasattr(runner.drafter, "load_model"):
-            self._wrap(runner.drafter, "load_model", self._load_drafter)
+            patches.wrap(runner.drafter, "drafter.load_model", self._load_drafter)
         for name, hook in (
             ("initialize_kv_cache", self._initialize_kv_cache),
             ("_calc_spec_decode_metadata", self._calc_metadata),
             ("_model_forward", self._model_forward),
             ("_sample", self._sample),
         ):
-            self._wrap(runner, name, hook)
-
-    @staticmethod
-    def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> None:
-        original = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(functools.partial(hook, original)))
+            patches.wrap(runner, f"GPUModelRunner.{name}", hook)
 
     def metrics(self) -> dict[str, Any]:
         """Counters of the window and of the twins; empty before the caches exist."""
@@ -125,6 +121,8 @@ class RunnerHooks:
             config=self.settings,
             kv_cache_dtype=_stored_dtype(self.config.cache_config.cache_dtype),
             groups=groups,
+            by_name=True,
+            share_error=_sharing(self.config.parallel_config.tensor_parallel_size),
         )
         ops.set_layers(self.window.layers)
 
@@ -144,9 +142,11 @@ class RunnerHooks:
                     return {}, {}, f"the drafter's layer {name} reads the target's cache ({shared})"
                 if drafters or shared is not None:
                     continue
-                impl = getattr(layer, "impl", layer)
-                if not hasattr(impl, "stage_kv") or not is_packed(layer.kv_cache):
-                    return {}, {}, f"layer {name}: {type(impl).__name__} cannot read staged rows"
+                reason = layer_refusal(name, layer)
+                if reason:
+                    return {}, {}, reason
+                if not is_packed(layer.kv_cache):
+                    return {}, {}, f"layer {name}: its cache is not packed as this adapter knows it"
                 layers[name] = split_cache(layer.kv_cache)
                 groups[name] = str(index)
         return layers, groups, "" if layers else "the target has no attention layers"
@@ -192,11 +192,26 @@ class RunnerHooks:
         missing = max(0, window.max_drafts + 1 - sampled.shape[1])
         padded = torch.nn.functional.pad(sampled, (0, missing), value=-1)
         done = window.commit(padded, spec_decode_metadata.draft_token_ids)
-        # With the error flag up nothing was committed: emit the first sampled token alone.
+        # Emit what was committed and the token after it. That is all of `sampled`, or after a
+        # fault, when nothing was committed, the first sampled token alone.
         column = torch.arange(sampled.shape[1], device=sampled.device)
-        drop = (done.error != 0) & (column > 0)
-        output.sampled_token_ids = torch.where(drop, -1, sampled)
+        output.sampled_token_ids = torch.where(column > done.accepted[:, None], -1, sampled)
         return output
+
+
+def _sharing(ranks: int) -> Callable[[Tensor], None] | None:
+    """What `Window` needs to share the error flag of a model split over tensor-parallel ranks.
+
+    Every rank commits every window, so each takes part in the reduction.
+    """
+    if ranks == 1:
+        return None
+    group = get_tp_group().device_group
+
+    def share(error: Tensor) -> None:
+        torch.distributed.all_reduce(error, torch.distributed.ReduceOp.MAX, group=group)
+
+    return share
 
 
 def _stored_dtype(cache_dtype: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ ATTENTION = (
 )
 for _name in ("write", "staged_write"):
     _library.define(_name + WRITE)
+_library.define(
+    "fused_write(Tensor(a0!) query, Tensor key, Tensor value, str layer_name) -> Tensor"
+)
 for _name in ("attention", "staged_attention"):
     _library.define(_name + ATTENTION)
 
@@ -158,3 +162,29 @@ def test_graphs_without_the_ops_are_left_alone() -> None:
     graph = Build().done()
     report = rewrite_layers(graph, OPS, strict=True)
     assert not report.decisions
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_fusion_that_swallowed_the_write_is_refused(functional: bool) -> None:
+    """vLLM's rope fusions leave an op of their own, on which the attention depends."""
+    build = Build()
+    build.attend(build.write("a.0"), "a.0")
+    fused: Any = SPACE.fused_write.default
+    if functional:
+        call = build.graph.call_function(
+            auto_functionalized,
+            (fused,),
+            {"q": build.q, "key": build.k, "value": build.v, "layer_name": "a.1"},
+        )
+        dep = build.graph.call_function(operator.getitem, (call, 0))
+    else:
+        dep = build.graph.call_function(fused, (build.q, build.k, build.v, "a.1"))
+    build.attend(dep, "a.1", functional)
+    graph = build.done()
+    before = str(graph)
+    named = "nwor_layer_test::fused_write writes the cache .* turn off the fusion"
+    with pytest.raises(VisibilityError, match=named):
+        rewrite_layers(graph, OPS, strict=True)
+    report = rewrite_layers(graph, OPS)
+    assert str(graph) == before
+    assert not report.rewritten

@@ -1,0 +1,240 @@
+"""What this adapter relies on in vLLM, module by module; see NOTE [contract]."""
+
+from __future__ import annotations
+
+from nwor_compile.vllm_adapter.contract_forms import (
+    Attributes,
+    CustomOp,
+    Entry,
+    Function,
+    Names,
+    Text,
+)
+from nwor_compile.vllm_adapter.versions import KV_CACHE_UPDATE_BYPASS
+
+RUNNER = "v1/worker/gpu_model_runner.py"
+GPU_WORKER = "v1/worker/gpu_worker.py"
+CPU_WORKER = "v1/worker/cpu_worker.py"
+ATTENTION = "model_executor/layers/attention/attention.py"
+BACKEND = "v1/attention/backend.py"
+CPU_BACKEND = "v1/attention/backends/cpu_attn.py"
+REGISTRY = "v1/attention/backends/registry.py"
+COMPILATION = "config/compilation.py"
+METRICS = "v1/metrics/prometheus.py"
+
+# plugin.py, settings.py, named_pass.py, graph_pass.py
+SWITCH: tuple[Entry, ...] = (
+    Function("engine/arg_utils.py", "EngineArgs.create_engine_config", ("self",)),
+    # Each engine's configuration is its own: what is put into it stays out of the next one's.
+    Text(
+        "engine/arg_utils.py", "EngineArgs.create_engine_config",
+        "copy.deepcopy(self.compilation_config)",
+    ),
+    Function("plugins/__init__.py", "load_general_plugins", ()),
+    Names("plugins/__init__.py", "", ("DEFAULT_PLUGINS_GROUP",)),
+    Names("envs.py", "", ("environment_variables",)),
+    # How `inductor_passes` finds what it names, and what it wraps it in.
+    Text(COMPILATION, "CompilationConfig.__post_init__", "__import__(module).__dict__[func_name]"),
+    Attributes(
+        "compilation/passes/inductor_pass.py", "CallableInductorPass.__init__", ("callable",)
+    ),
+    Text("platforms/interface.py", "Platform.pass_key", "'post_grad_custom_post_pass'"),
+    # The cache key: `additional_config` is hashed, and a pass by its uuid.
+    Text(
+        "config/vllm.py", "VllmConfig.compute_hash",
+        "json.dumps(additional_config, sort_keys=True)",
+    ),
+    Text("config/utils.py", "normalize_value", "getattr(x, 'uuid', None)"),
+)  # fmt: skip
+
+# refusals.py
+CONFIGURATION: tuple[Entry, ...] = (
+    Names(
+        "config/vllm.py", "VllmConfig",
+        (
+            "additional_config", "cache_config", "compilation_config", "device_config",
+            "kv_transfer_config", "model_config", "parallel_config", "scheduler_config",
+            "speculative_config", "use_v2_model_runner",
+        ),
+    ),
+    Names(
+        COMPILATION, "CompilationConfig",
+        (
+            "mode", "backend", "inductor_passes", "inductor_compile_config", "pass_config",
+            "static_forward_context",
+        ),
+    ),
+    Names(
+        COMPILATION, "PassConfig",
+        (
+            "fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache", "fuse_rope_kvcache_cat_mla",
+            "fuse_attn_quant",
+        ),
+    ),
+    Names(
+        "config/parallel.py", "ParallelConfig",
+        (
+            "worker_cls", "pipeline_parallel_size", "tensor_parallel_size",
+            "decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo",
+            "ubatch_size",
+        ),
+    ),
+    Names("config/cache.py", "CacheConfig", ("kv_sharing_fast_prefill", "cache_dtype")),
+    Names("config/model.py", "ModelConfig", ("disable_cascade_attn", "enforce_eager", "use_mla")),
+    Names("config/device.py", "DeviceConfig", ("device_type",)),
+    Names("config/scheduler.py", "SchedulerConfig", ("max_num_seqs", "max_num_batched_tokens")),
+    Names("config/speculative.py", "SpeculativeConfig", ("method", "num_speculative_tokens")),
+    Text("envs.py", "", "os.environ.get('VLLM_USE_BREAKABLE_CUDAGRAPH', '0')"),
+)  # fmt: skip
+
+# worker.py, metrics_worker.py
+WORKER: tuple[Entry, ...] = (
+    Function(CPU_WORKER, "CPUWorker.init_device", ("self",)),
+    Function(CPU_WORKER, "CPUWorker.compile_or_warm_up_model", ("self",)),
+    Attributes(CPU_WORKER, "CPUWorker", ("model_runner",)),
+    Function(GPU_WORKER, "Worker.sample_tokens", ("self", "grammar_output")),
+    Function(GPU_WORKER, "Worker.shutdown", ("self",)),
+    Attributes("v1/worker/worker_base.py", "WorkerBase", ("vllm_config", "rank")),
+)
+
+# runner.py
+WINDOW: tuple[Entry, ...] = (
+    Function(RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config")),
+    Function(
+        RUNNER, "GPUModelRunner._calc_spec_decode_metadata",
+        ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
+    ),
+    Function(RUNNER, "GPUModelRunner._model_forward", ("self", "input_ids", "positions")),
+    Function(
+        RUNNER, "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata"), exact=True
+    ),
+    Attributes(RUNNER, "GPUModelRunner", ("drafter", "query_start_loc", "compilation_config")),
+    Function(
+        "v1/spec_decode/llm_base_proposer.py", "SpecDecodeBaseProposer.load_model", ("self",)
+    ),
+    Function("v1/spec_decode/ngram_proposer.py", "NgramProposer.load_model", ("self",)),
+    Names(
+        "v1/spec_decode/metadata.py", "SpecDecodeMetadata",
+        ("draft_token_ids", "cu_num_draft_tokens"),
+    ),
+    Names("v1/outputs.py", "SamplerOutput", ("sampled_token_ids",)),
+    Names("forward_context.py", "ForwardContext", ("slot_mapping",)),
+    Function("forward_context.py", "get_forward_context", ()),
+    Names("v1/kv_cache_interface.py", "KVCacheConfig", ("kv_cache_groups",)),
+    Names("v1/kv_cache_interface.py", "KVCacheGroupSpec", ("layer_names",)),
+    Function("distributed/parallel_state.py", "get_tp_group", ()),
+    Attributes("distributed/parallel_state.py", "GroupCoordinator", ("device_group",)),
+)  # fmt: skip
+
+# ops.py
+TWINS: tuple[Entry, ...] = (
+    Function(ATTENTION, "get_attention_context", ("layer_name",), exact=True),
+    CustomOp(
+        ATTENTION, "unified_kv_cache_update", (),
+        "(key: torch.Tensor, value: torch.Tensor, layer_name: LayerNameType) -> torch.Tensor",
+    ),
+    CustomOp(
+        ATTENTION, "unified_attention_with_output", ("output", "output_block_scale"),
+        "(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, "
+        "layer_name: LayerNameType, output_scale: torch.Tensor | None=None, "
+        "output_block_scale: torch.Tensor | None=None, "
+        "kv_cache_dummy_dep: torch.Tensor | None=None) -> None",
+    ),
+    Attributes(
+        ATTENTION, "Attention",
+        ("impl", "kv_cache", "attn_backend", "kv_sharing_target_layer_name"),
+    ),
+    Attributes(
+        ATTENTION, "Attention", ("kv_cache_update_bypass",), since=KV_CACHE_UPDATE_BYPASS
+    ),
+    Function(
+        "model_executor/layers/attention/kv_transfer_utils.py", "maybe_transfer_kv_layer",
+        ("func",),
+    ),
+    Function("compilation/breakable_cudagraph.py", "eager_break_during_capture", ("fn",)),
+    Function("utils/torch_utils.py", "_resolve_layer_name", ("layer_name",)),
+    Names("utils/torch_utils.py", "", ("LayerNameType",)),
+    Function(
+        "utils/torch_utils.py", "direct_register_custom_op",
+        ("op_name", "op_func", "mutates_args", "fake_impl", "target_lib"),
+    ),
+)  # fmt: skip
+
+# cpu_backend.py
+CPU_ATTENTION: tuple[Entry, ...] = (
+    Names(REGISTRY, "AttentionBackendEnum", ("CPU_ATTN",)),
+    Function(REGISTRY, "register_backend", ("backend", "class_path")),
+    Function(REGISTRY, "AttentionBackendEnum.clear_override", ("self",)),
+    Function(REGISTRY, "AttentionBackendEnum.get_path", ("self",)),
+    Names(BACKEND, "AttentionType", ("DECODER",)),
+    Names(BACKEND, "AttentionBackend", ("forward_includes_kv_cache_update",)),
+    Function(BACKEND, "AttentionBackend.supports_non_causal", ("cls",)),
+    Names(CPU_BACKEND, "CPUAttentionBackend", ("get_impl_cls", "get_builder_cls")),
+    Attributes(
+        CPU_BACKEND, "CPUAttentionBackendImpl",
+        (
+            "scale", "sliding_window", "logits_soft_cap", "alibi_slopes", "sinks", "attn_type",
+            "kv_cache_dtype", "is_fp8_kv_cache",
+        ),
+    ),
+    Function(
+        CPU_BACKEND, "CPUAttentionBackendImpl.forward",
+        (
+            "self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output",
+            "output_scale", "output_block_scale",
+        ),
+        exact=True,
+    ),
+    Function(
+        CPU_BACKEND, "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"), exact=True,
+    ),
+    Function(
+        BACKEND, "AttentionMetadataBuilder.__init__",
+        ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+    ),
+    Function(
+        BACKEND, "AttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"), exact=True,
+    ),
+    Names(
+        BACKEND, "CommonAttentionMetadata",
+        (
+            "num_actual_tokens", "query_start_loc", "seq_lens", "max_seq_len",
+            "block_table_tensor", "slot_mapping",
+        ),
+    ),
+)  # fmt: skip
+
+# metrics.py, metrics_worker.py
+FIGURES: tuple[Entry, ...] = (
+    Names(
+        "config/parallel.py", "ParallelConfig",
+        ("_api_process_count", "_api_process_rank", "data_parallel_index"),
+    ),
+    Names("config/model.py", "ModelConfig", ("served_model_name",)),
+    # The process registry with one server; a MultiProcessCollector in a new one with several.
+    Text(METRICS, "get_prometheus_registry", "multiprocess.MultiProcessCollector(registry)"),
+    Text(METRICS, "unregister_vllm_metrics", "collector._name.startswith('vllm:')"),
+    Function("v1/metrics/reader.py", "get_metrics_snapshot", ()),
+)  # fmt: skip
+
+# cpu_sampling.py
+SAMPLER: tuple[Entry, ...] = (
+    Function(
+        "v1/sample/rejection_sampler.py", "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"), exact=True,
+    ),
+    Function(
+        "v1/sample/rejection_sampler.py", "rejection_sample",
+        (
+            "draft_token_ids", "num_draft_tokens", "max_spec_len", "cu_num_draft_tokens",
+            "draft_probs", "target_logits", "bonus_token_ids", "sampling_metadata",
+            "synthetic_mode", "synthetic_conditional_rates",
+        ),
+    ),
+)  # fmt: skip
+
+CONTRACT: tuple[Entry, ...] = (
+    *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *CPU_ATTENTION, *FIGURES, *SAMPLER,
+)  # fmt: skip
