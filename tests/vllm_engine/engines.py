@@ -70,18 +70,16 @@ ENGINES: dict[str, dict[str, Any]] = {
         "llm": {"kv_cache_dtype": "fp8_e4m3"},
         "phases": ["greedy", "direct"],
     },
-    "fp8_e5m2": {
-        "nwor": {"mode": "stage"},
-        "method": "draft_model",
-        "llm": {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2"},
-        "phases": ["greedy", "direct"],
-    },
-    # Every layer sees the last 48 tokens.
+    # Every layer sees the last 48 tokens; and the other fp8.
     "sliding": {
         "nwor": {"mode": "stage"},
         "method": "ngram",
         "limits": REPEATING,
-        "llm": {"hf_overrides": {"layer_types": ["sliding_attention"] * 4, "sliding_window": 48}},
+        "llm": {
+            "hf_overrides": {"layer_types": ["sliding_attention"] * 4, "sliding_window": 48},
+            "dtype": "bfloat16",
+            "kv_cache_dtype": "fp8_e5m2",
+        },
         "phases": ["greedy", "direct"],
     },
     # Two KV-cache groups, whose layers share memory.

@@ -15,10 +15,10 @@ Engine = Callable[[str], Report]
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 TARGET = [f"model.layers.{index}.self_attn.attn" for index in range(4)]
-NAMES = ["eagle", "ngram", "bf16", "fp8_e4m3", "fp8_e5m2", "sliding", "hybrid"]
+NAMES = ["eagle", "ngram", "bf16", "fp8_e4m3", "sliding", "hybrid"]
 # Largest difference of a row from the recomputed one. The steps are cut differently, so sums are
 # rounded differently; rows are of order 1, and in fp8 neighbours are an eighth or a quarter apart.
-RECOMPUTED_WITHIN = {"bf16": 0.1, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+RECOMPUTED_WITHIN = {"bf16": 0.1, "fp8_e4m3": 1.0, "sliding": 1.0}
 
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -112,7 +112,7 @@ def test_preempted_requests_lose_nothing(ngram: Report) -> None:
         ("stage", "torch.float32"),
         ("bf16", "torch.bfloat16"),
         ("fp8_e4m3", "torch.uint8"),
-        ("fp8_e5m2", "torch.uint8"),
+        ("sliding", "torch.uint8"),  # e5m2
     ],
 )
 def test_the_caches_have_the_dtype(engine: Engine, name: str, dtype: str) -> None:
@@ -129,5 +129,5 @@ def test_windows_slide(sliding: Report, hybrid: Report, ngram: Report) -> None:
     assert hybrid["sliding_windows"] == [None, 48, None, 48]
     assert hybrid["kv_cache_groups"] == 2
     assert hybrid["shared_memory"]
-    ids = [engine.phase("greedy")["ids"] for engine in (sliding, hybrid, ngram)]
-    assert ids[0] != ids[1] != ids[2] != ids[0]
+    # The same requests and drafter as n-gram's engine: what is out of sight changes some token.
+    assert hybrid.phase("greedy")["ids"] != ngram.phase("greedy")["ids"]

@@ -1,0 +1,117 @@
+"""The twins of vLLM's layer ops: decorators as on the originals, and which layers stage."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.vllm
+
+NAME = "model.layers.0.self_attn.attn"
+
+
+class Impl:
+    """An attention implementation that says what was called."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def forward(self, *args: Any, output: Tensor, **options: Any) -> None:
+        self.calls.append(("forward", sorted(k for k, v in options.items() if v is not None)))
+
+    def do_kv_cache_update(self, *args: Any) -> None:
+        self.calls.append("direct")
+
+    def stage_kv(self, *args: Any) -> None:
+        self.calls.append("staged")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A forward context with one layer; what its implementation is asked to do."""
+    from vllm import forward_context
+
+    found: list[Any] = []
+    layer = SimpleNamespace(
+        impl=Impl(found), kv_cache=torch.zeros(1), kv_sharing_target_layer_name=None
+    )
+    context = SimpleNamespace(
+        attn_metadata={NAME: "metadata"},
+        no_compile_layers={NAME: layer},
+        slot_mapping={NAME: torch.zeros(1, dtype=torch.int64)},
+    )
+    monkeypatch.setattr(forward_context, "_forward_context", context)
+    return found
+
+
+def decorators(path: Path, function: str) -> list[str]:
+    """Outermost first."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return [ast.unparse(decorator) for decorator in node.decorator_list]
+    raise AssertionError(f"{function} is not in {path}")
+
+
+def test_the_twins_have_their_originals_decorators_in_order() -> None:
+    from vllm.model_executor.layers.attention import attention
+
+    from nwor_compile.vllm_adapter import ops
+
+    theirs, ours = Path(inspect.getfile(attention)), Path(inspect.getfile(ops))
+    pairs = (
+        ("unified_attention_with_output", "_verify"),
+        ("unified_kv_cache_update", "_stage"),
+    )
+    for original, twin in pairs:
+        assert decorators(ours, twin) == decorators(theirs, original)
+    assert decorators(ours, "_verify") == ["eager_break_during_capture", "maybe_transfer_kv_layer"]
+
+
+def test_a_kv_connector_is_called_around_the_twin(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any]
+) -> None:
+    from vllm.model_executor.layers.attention import kv_transfer_utils
+
+    from nwor_compile.vllm_adapter import ops
+
+    connector = SimpleNamespace(
+        has_connector_metadata=lambda: True,
+        wait_for_layer_load=lambda name: calls.append(("load", name)),
+        save_kv_layer=lambda name, *rest: calls.append(("save", name)),
+    )
+    monkeypatch.setattr(kv_transfer_utils, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(kv_transfer_utils, "is_v1_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(kv_transfer_utils, "get_kv_transfer_group", lambda: connector)
+    tensor = torch.zeros(1)
+    ops._verify(tensor, tensor, tensor, tensor, NAME)
+    assert calls == [("load", NAME), ("forward", []), ("save", NAME)]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_only_layers_of_a_window_stage(calls: list[Any], staged: bool) -> None:
+    """A drafter's layer, which no window knows, takes vLLM's own path through the same graph."""
+    from nwor_compile.vllm_adapter import ops
+
+    staging: Any = SimpleNamespace()
+    ops.set_layers({NAME: staging} if staged else {})
+    before = ops.executions()
+    try:
+        tensor = torch.zeros(1)
+        torch.ops.nwor.vllm_stage(tensor, tensor, NAME)
+        torch.ops.nwor.vllm_verify(tensor, tensor, tensor, tensor, NAME)
+    finally:
+        ops.set_layers({})
+    assert calls == [
+        "staged" if staged else "direct",
+        ("forward", ["staging"] if staged else []),
+    ]
+    counted = ops.executions()
+    assert counted["staged"] - before["staged"] == staged
+    assert counted["direct"] - before["direct"] == (not staged)
