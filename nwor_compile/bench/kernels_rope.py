@@ -1,0 +1,169 @@
+"""RoPE with staging beside RoPE alone, on a GPU.
+
+`python -m nwor_compile.bench.kernels_rope --json FILE`; `measure` gives the same numbers to other
+benchmarks. Llama-3-8B's dimensions in bfloat16, verify spans of 1 + 4 rows, q, k and v as slices of
+one product, rotated in place; replays walk the caches of 32 layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from nwor_compile import NworConfig, Window
+from nwor_compile.bench import kernels_timing, kernels_vllm
+from nwor_compile.bench.kernels_timing import Run
+from nwor_compile.bench.record import Machine, Spread, this_machine
+from nwor_compile.ops import (
+    reshape_and_cache,
+    rope_stage_kv_window_in_place,
+    rotary_embedding,
+    stage_kv_window,
+)
+
+LAYERS, HEADS, KV_HEADS, SIZE, BLOCK = 32, 32, 8, 128, 16
+DRAFTS, SPAN = 4, 5
+ROWS = (5, 20, 80, 320, 1280)
+POSITIONS = 8192
+WIDTHS = [HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE]
+# What RoPE reads and writes a row, and what the staged write adds: k again, v in and out.
+ROPE_BYTES = 2 * 2 * (HEADS + KV_HEADS) * SIZE
+FUSED_BYTES = ROPE_BYTES + 2 * 3 * KV_HEADS * SIZE
+
+ALONE, FUSED, APART = "RoPE alone", "RoPE with staging", "RoPE, then stage_kv"
+DIRECT, VLLM = "RoPE, then reshape_and_cache", "vLLM's RoPE alone"
+
+
+class RopeRow(BaseModel):
+    """One number of token rows: microseconds a layer."""
+
+    rows: int
+    runs: dict[str, Spread]
+    ratio: float  # with staging over RoPE alone
+    bytes_ratio: float
+
+
+class RopeRecord(BaseModel):
+    """What one run measured."""
+
+    benchmark: str = "rope-gpu"
+    command: str
+    machine: Machine
+    device: str
+    triton: str
+    vllm: str | None
+    clocks: list[str]
+    rows: list[RopeRow] = []
+
+
+def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
+    """Microseconds a layer by what is done; `rows` is a multiple of the span, 5."""
+    requests, device = rows // SPAN, "cuda"
+    blocks = max(64, rows // BLOCK + 1)
+    shape = (blocks, BLOCK, KV_HEADS, SIZE)
+    caches = [
+        tuple(torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        for _ in range(LAYERS)
+    ]
+    packed = [
+        torch.randn(rows, sum(WIDTHS), device=device).to(torch.bfloat16) for _ in range(LAYERS)
+    ]
+    angle = torch.rand(POSITIONS, SIZE // 2, device=device) * 6
+    table = torch.cat([angle.cos(), angle.sin()], dim=1).to(torch.bfloat16)
+    positions = torch.randint(0, POSITIONS, (rows,), device=device)
+    slots = torch.randperm(blocks * BLOCK, device=device)[:rows]
+    window = Window(
+        {f"layers.{i}": pair for i, pair in enumerate(caches)},  # type: ignore[misc]
+        max_requests=requests, max_drafts=DRAFTS, max_tokens=rows, config=NworConfig(),
+    )  # fmt: skip
+
+    def parts(layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = packed[layer].split(WIDTHS, dim=1)
+        return q, k, v.unflatten(1, (-1, SIZE))
+
+    def alone() -> None:
+        for layer in range(LAYERS):
+            q, k, _ = parts(layer)
+            rotary_embedding(positions, q, k, SIZE, table, True)
+
+    def vllm_alone() -> None:
+        for layer in range(LAYERS):
+            q, k, _ = parts(layer)
+            torch.ops._C.rotary_embedding(positions, q, k, SIZE, table, True)
+
+    def fused() -> None:
+        for layer, pair in enumerate(caches):
+            q, k, v = parts(layer)
+            rope_stage_kv_window_in_place(positions, q, k, v, SIZE, table, True, *pair, slots)
+
+    def apart() -> None:
+        for layer, pair in enumerate(caches):
+            q, k, v = parts(layer)
+            rotary_embedding(positions, q, k, SIZE, table, True)
+            stage_kv_window(k.unflatten(1, (-1, SIZE)), v, *pair, slots)
+
+    def direct() -> None:
+        for layer, pair in enumerate(caches):
+            q, k, v = parts(layer)
+            rotary_embedding(positions, q, k, SIZE, table, True)
+            reshape_and_cache(k.unflatten(1, (-1, SIZE)), v, *pair, slots)
+
+    runs: dict[str, Run] = {ALONE: alone, FUSED: fused, APART: apart, DIRECT: direct}
+    if kernels_vllm.missing() is None:
+        runs[VLLM] = vllm_alone
+    drafts = torch.full((requests,), DRAFTS, dtype=torch.int32, device=device)
+    starts = torch.arange(0, rows + 1, SPAN, dtype=torch.int32, device=device)
+    try:
+        with window.step(drafts, starts, slots):
+            return kernels_timing.compare(
+                runs, dict.fromkeys(runs, LAYERS), seconds=seconds, replays=replays
+            )
+    finally:
+        window.close()
+
+
+def run(*, seconds: float, replays: int, command: str) -> RopeRecord:
+    """Measure all of ROWS. Raises RuntimeError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("this benchmark needs a CUDA GPU: it times kernels, and torch sees none")
+    import triton
+
+    record = RopeRecord(
+        command=command, machine=this_machine(), device=torch.cuda.get_device_name(),
+        triton=triton.__version__, vllm=kernels_vllm.version(), clocks=[kernels_timing.clocks()],
+    )  # fmt: skip
+    for rows in ROWS:
+        runs = measure(rows, seconds=seconds, replays=replays)
+        record.rows.append(
+            RopeRow(
+                rows=rows, runs=runs, ratio=runs[FUSED].median / runs[ALONE].median,
+                bytes_ratio=FUSED_BYTES / ROPE_BYTES,
+            )
+        )  # fmt: skip
+    record.clocks.append(kernels_timing.clocks())
+    return record
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    command = "python -m nwor_compile.bench.kernels_rope " + " ".join(sys.argv[1:])
+    seconds, replays = (0.2, 20) if given.quick else (1.0, 60)
+    record = run(seconds=seconds, replays=replays, command=command.strip())
+    if given.json:
+        given.json.write_text(record.model_dump_json(indent=1) + "\n")
+    for row in record.rows:
+        medians = ", ".join(f"{name} {spread.median:.2f}" for name, spread in row.runs.items())
+        print(f"{row.rows} rows, us a layer: {medians}; ratio {row.ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
