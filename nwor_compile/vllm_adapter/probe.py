@@ -1,8 +1,8 @@
 """What an engine would be made of: `python -m nwor_compile.vllm_adapter.probe REQUEST OUT`.
 
 A process of its own for `nwor doctor --vllm`: making an engine's configuration changes the
-environment and vLLM's global state. No weights are read: the model is built on the meta device, or
-with `start` a whole engine with random weights.
+environment and vLLM's global state. No weights are read: the model is built without them, or with
+`start` a whole engine has random ones.
 
 Both are JSON files. Request: `model`, `speculative_config`, `additional_config`, `llm` (further
 arguments), `start`.
@@ -40,8 +40,7 @@ def examine(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configured(arguments: dict[str, Any]) -> dict[str, Any]:
-    """From the configuration, and the target's layers on the meta device."""
-    import torch
+    """From the configuration, and the target's layers without weights."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import (
         ensure_model_parallel_initialized,
@@ -64,8 +63,9 @@ def _configured(arguments: dict[str, Any]) -> dict[str, Any]:
         if alone:
             init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-            with torch.device("meta"):
-                initialize_model(config)
+            # Weights are allocated and never touched, so they take no memory. Not on the meta
+            # device: some models compute constants and read them back.
+            initialize_model(config)
     if not alone:
         return {**found, "layers": [], "note": "layers are listed for one rank only"}
     context = config.compilation_config.static_forward_context

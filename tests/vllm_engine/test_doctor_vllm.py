@@ -39,18 +39,15 @@ def checks_of(found: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {check["name"]: check for check in found["checks"]}
 
 
-def test_the_installed_vllm_is_known_and_loads_the_plugin(compile_cache: str) -> None:
-    code, found = doctor(compile_cache)
+def test_the_installed_vllm_is_known_and_an_engine_is_judged_without_starting(
+    compile_cache: str,
+) -> None:
+    code, found = doctor(compile_cache, "--vllm", "tiny")
     checks = checks_of(found)
-    assert code == 0
+    engine = checks["vLLM engine of tiny"]
+    assert code == 0, engine
     assert checks["vLLM"]["status"] in ("ok", "info")
     assert checks["vLLM plugin 'vllm.general_plugins: nwor'"]["status"] == "ok"
-
-
-def test_an_engine_is_judged_without_starting_it(compile_cache: str) -> None:
-    code, found = doctor(compile_cache, "--vllm", "tiny")
-    engine = checks_of(found)["vLLM engine of tiny"]
-    assert code == 0, engine
     for wanted in ("4 layers staged, 0 direct", "V1 runner", "NworCPUWorker", "VllmNworPass"):
         assert wanted in engine["detail"]
     layers = [each for each in found["decisions"] if each["graph"] == "vLLM tiny"]
