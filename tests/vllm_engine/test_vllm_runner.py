@@ -54,7 +54,9 @@ class Runner:
 
     def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False) -> None: ...
 
-    def _calc_spec_decode_metadata(self, num_draft_tokens: Any, cu_tokens: Any) -> Any:
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
+    ) -> Any:
         return SimpleNamespace(
             cu_num_draft_tokens=torch.tensor(num_draft_tokens).cumsum(0),
             draft_token_ids=torch.tensor([7, 8, 6]),
@@ -71,8 +73,9 @@ class Runner:
         return SimpleNamespace(sampled_token_ids=self.sampled.clone())
 
 
-def config_of(context: dict[str, Any]) -> Any:
+def config_of(context: dict[str, Any], ranks: int = 1) -> Any:
     return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
         compilation_config=SimpleNamespace(static_forward_context=context),
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
         speculative_config=SimpleNamespace(num_speculative_tokens=2),
@@ -94,11 +97,12 @@ def hooked(
     drafter_layers: dict[str, Any] | None = None,
     target: dict[str, Any] | None = None,
     strict: bool = True,
+    ranks: int = 1,
 ) -> tuple[Runner, Any]:
     from nwor_compile.vllm_adapter.runner import RunnerHooks
 
     context = target or {f"model.layers.{i}.attn": layer() for i in range(2)}
-    config = config_of(context)
+    config = config_of(context, ranks)
     runner = Runner(config, Drafter(context, drafter_layers or {}))
     hooks = RunnerHooks(runner, config, NworConfig(mode="stage", strict=strict))
     _open_hooks.append(hooks)
@@ -215,6 +219,36 @@ def test_an_error_leaves_the_first_sampled_tokens_alone(step: Any) -> None:
     output = runner._sample(None, metadata)
     assert output.sampled_token_ids.tolist() == [[7, -1, -1], [5, -1, -1]]
     assert window.metrics().nwor_total_committed == 0
+
+
+def test_ids_that_do_not_fit_emit_no_more_than_was_committed(step: Any) -> None:
+    """The window falls back and commits nothing: drafts handed on would have no rows."""
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    metadata = step(runner)
+    stage_all(window)
+    metadata.draft_token_ids = metadata.draft_token_ids.float()
+    output = runner._sample(None, metadata)
+    assert output.sampled_token_ids.tolist() == [[7, -1, -1], [5, -1, -1]]
+    counters = window.metrics()
+    assert (counters.nwor_total_committed, counters.nwor_fallback_count) == (0, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_share_their_error_flag(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    from nwor_compile.vllm_adapter import runner as module
+
+    reduced: list[Any] = []
+    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(device_group="group"))
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, op, group: reduced.append((op, group))
+    )
+    runner, hooks = hooked(ranks=ranks)
+    share = opened(runner, hooks).tensors.share_error
+    assert (share is None) == (ranks == 1)
+    if share is not None:
+        share(torch.zeros(1, dtype=torch.int32))
+        assert reduced == [(torch.distributed.ReduceOp.MAX, "group")]
 
 
 @pytest.mark.parametrize("place", ["forward", "sample"])
