@@ -114,9 +114,7 @@ def rotate(
     return rotate_exactly(x.float(), cos, sin, rotary_dim, is_neox).to(x.dtype)
 
 
-def rotate_exactly(
-    x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, is_neox: bool
-) -> Tensor:
+def rotate_exactly(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, is_neox: bool) -> Tensor:
     """The formula of `rotate`, in whatever dtype its arguments have."""
     half = rotary_dim // 2
     if is_neox:
@@ -242,12 +240,17 @@ def rope_write_reference(
         query.copy_(rotated[0])
         key.copy_(rotated[1])
         rotated = [query, key]
-    caches, options = (key_cache, value_cache), (kv_cache_dtype, k_scale, v_scale)
     if staging is None:
-        reshape_and_cache_reference(rotated[1], value, *caches, slot_mapping, *options)
+        reshape_and_cache_reference(
+            rotated[1], value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale,
+            v_scale,
+        )  # fmt: skip
     else:
-        *staged, row_map = staging
-        stage_kv_reference(rotated[1], value, *caches, *staged, slot_mapping, row_map, *options)
+        staged_key, staged_value, state, row_map = staging
+        stage_kv_reference(
+            rotated[1], value, key_cache, value_cache, staged_key, staged_value, state,
+            slot_mapping, row_map, kv_cache_dtype, k_scale, v_scale,
+        )  # fmt: skip
     return rotated[0], rotated[1]
 
 

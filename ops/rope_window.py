@@ -75,12 +75,14 @@ def _run(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    caches, options = (key_cache, value_cache), (kv_cache_dtype, k_scale, v_scale)
-    _check(query, key, value, cos, sin, rotary_dim, is_neox, *caches, slot_mapping, *options)
-    staging = _staging(*caches, slot_mapping)
+    _check(
+        query, key, value, cos, sin, rotary_dim, is_neox, key_cache, value_cache, slot_mapping,
+        kv_cache_dtype, k_scale, v_scale,
+    )  # fmt: skip
+    staging = _staging(key_cache, value_cache, slot_mapping)
     result: tuple[Tensor, Tensor] = pick(_rope_write, query.device)(
-        query, key, value, cos, sin, None, rotary_dim, is_neox, *caches, slot_mapping, staging,
-        *options,
+        query, key, value, cos, sin, None, rotary_dim, is_neox, key_cache, value_cache,
+        slot_mapping, staging, kv_cache_dtype, k_scale, v_scale,
     )  # fmt: skip
     return result
 
@@ -127,16 +129,16 @@ def _run_in_place(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    caches, options = (key_cache, value_cache), (kv_cache_dtype, k_scale, v_scale)
     _check_in_place(
-        positions, query, key, value, head_size, cos_sin_cache, is_neox, *caches, slot_mapping,
-        *options,
+        positions, query, key, value, head_size, cos_sin_cache, is_neox, key_cache, value_cache,
+        slot_mapping, kv_cache_dtype, k_scale, v_scale,
     )  # fmt: skip
-    staging = _staging(*caches, slot_mapping)
+    staging = _staging(key_cache, value_cache, slot_mapping)
     pick(_rope_write, query.device)(
         as_heads("query", query, head_size), as_heads("key", key, head_size),
         as_heads("value", value, head_size), *split_table(cos_sin_cache), positions,
-        cos_sin_cache.shape[1], is_neox, *caches, slot_mapping, staging, *options, in_place=True,
+        cos_sin_cache.shape[1], is_neox, key_cache, value_cache, slot_mapping, staging,
+        kv_cache_dtype, k_scale, v_scale, in_place=True,
     )  # fmt: skip
 
 

@@ -153,9 +153,9 @@ def _cache_names(write: Write) -> dict[str, str]:
 
 def _view_keys(write: Write, offset: int) -> dict[str, Any]:
     """v2's description of the caches as views, their bases counted from `offset`."""
-    found = {}
+    found, kwargs = {}, dict[str, Any](write.node.kwargs)
     for new, old in _cache_names(write).items():
-        for key, value in write.node.kwargs.items():
+        for key, value in kwargs.items():
             if key.startswith(f"_{old}_"):
                 part = key.removeprefix(f"_{old}_")
                 shift = offset if part == "base_index" and value is not None else 0

@@ -222,7 +222,7 @@ def _try(region: _Region, x: Node, tokens: _Numbers) -> Rotation | str:
     if got is None:
         return ""
     wide = [_rows(known[table], known[x].shape[0]) for table in tables]
-    if any(table is None for table in wide) or wide[0].shape != wide[1].shape:
+    if wide[0] is None or wide[1] is None or wide[0].shape != wide[1].shape:
         return ""
     found = _compare(got, known[x], wide)
     if found is None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._ops import OpOverload
@@ -138,8 +140,17 @@ def _arguments_problem(call: Node) -> str:
     return f"{call.name} sets {', '.join(extra)}" if extra else ""
 
 
-def _rows(view: View | None) -> tuple[object, ...] | None:
-    """(storage-free) dtype, offset, stride and width of rows that are contiguous each."""
+class _Rows(NamedTuple):
+    """Rows that are contiguous each, in elements of `dtype`."""
+
+    dtype: torch.dtype | None
+    offset: int
+    stride: int
+    width: int
+
+
+def _rows(view: View | None) -> _Rows | None:
+    """A view `[T, heads, D]` or `[T, heads * D]` as rows; None if it is not known to be that."""
     if view is None or view.size is None or len(view.size) not in (2, 3):
         return None
     width = view.size[-1] if len(view.size) == 2 else view.size[1] * view.size[2]
@@ -147,7 +158,7 @@ def _rows(view: View | None) -> tuple[object, ...] | None:
     numbers = (view.offset, view.stride[0], width)
     if view.stride[-1] != 1 or not whole or not all(isinstance(n, int) for n in numbers):
         return None
-    return (view.dtype, *numbers)
+    return _Rows(view.dtype, *numbers)
 
 
 def _meet(one: View, other: View, touches: Touches) -> bool:
@@ -155,11 +166,15 @@ def _meet(one: View, other: View, touches: Touches) -> bool:
     if not touches.aliases.meet([one], [other]):
         return False
     ours, theirs = _rows(one), _rows(other)
-    if ours is None or theirs is None or ours[0] != theirs[0] or ours[2] != theirs[2]:
+    if ours is None or theirs is None or ours.dtype != theirs.dtype:
         return True
-    (_, start, stride, width), (_, start2, _, width2) = ours, theirs
-    low, high = sorted(((start, width), (start2, width2)))  # type: ignore[type-var]
-    return not (sum(low) <= high[0] and sum(high) <= low[0] + stride)  # type: ignore[operator]
+    low, high = sorted((ours, theirs), key=lambda rows: rows.offset)
+    apart = (
+        low.stride == high.stride
+        and low.offset + low.width <= high.offset
+        and high.offset + high.width <= low.offset + low.stride
+    )
+    return not apart
 
 
 def _chain(node: Node, touches: Touches) -> list[Node]:

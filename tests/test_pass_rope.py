@@ -346,7 +346,7 @@ def test_fused_bits_in_bfloat16_are_those_of_inductor_without_fusion() -> None:
     caches = []
     for rope in (True, False):
         torch._dynamo.reset()
-        options = {"post_grad_custom_pre_pass": NworPass(rope=rope)}
+        options: dict[str, Any] = {"post_grad_custom_pre_pass": NworPass(rope=rope)}
         run = torch.compile(FUSED["rotate_half"][0], options=options, fullgraph=True)
         _, after = staged_run(run, models.make_step(torch.bfloat16))
         assert last_reports()[-1].decisions[0].fused == rope

@@ -67,7 +67,10 @@ def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
     blocks = max(64, rows // BLOCK + 1)
     shape = (blocks, BLOCK, KV_HEADS, SIZE)
     caches = [
-        tuple(torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        (
+            torch.zeros(shape, dtype=torch.bfloat16, device=device),
+            torch.zeros(shape, dtype=torch.bfloat16, device=device),
+        )
         for _ in range(LAYERS)
     ]
     packed = [
@@ -78,7 +81,7 @@ def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
     positions = torch.randint(0, POSITIONS, (rows,), device=device)
     slots = torch.randperm(blocks * BLOCK, device=device)[:rows]
     window = Window(
-        {f"layers.{i}": pair for i, pair in enumerate(caches)},  # type: ignore[misc]
+        {f"layers.{i}": pair for i, pair in enumerate(caches)},
         max_requests=requests, max_drafts=DRAFTS, max_tokens=rows, config=NworConfig(),
     )  # fmt: skip
 

@@ -11,26 +11,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from nwor_compile.ops.kernels.fp8 import encode_fp8, round_bf16
 from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
+    INTERPRETED,
     bits,
     cache_strides,
     element_offset,
     on_device,
+    overlaps,
     scale_stride,
 )
 from nwor_compile.ops.rope import as_heads, split_table
 
 _GROUP = 1024  # elements of a program, in whole heads
+_WARPS = 4
 
 
 @triton.jit
-def _round(x, like):
+def _round(x, like, EXACT_BF16: tl.constexpr):
     """float32 to the element type that the pointer `like` points at."""
-    if like.dtype.element_ty == tl.bfloat16:
-        return round_bf16(x)
+    if EXACT_BF16 and like.dtype.element_ty == tl.bfloat16:
+        return round_bf16(x)  # see NOTE [integer casts] in `fp8`
     return x.to(like.dtype.element_ty)
 
 
@@ -83,12 +87,26 @@ def _table(table, row, valid, width, s_row, s_d):
     )
 
 
-@triton.jit(do_not_specialize=["writes", "positions_in_table"])
+@triton.jit
+def _count(state, row_map, s_map, writes, staging_rows, T: tl.constexpr):
+    """Add the draft rows of the step to the layer's state; flag those that have no staging row."""
+    staged = 0
+    overflow = 0
+    for first in range(0, writes, T):
+        token = first + tl.arange(0, T)
+        row = tl.load(row_map + token * s_map, mask=token < writes, other=-1)
+        staged += tl.sum(((row >= 0) & (row < staging_rows)).to(tl.int32), axis=0)
+        overflow = tl.maximum(overflow, tl.max((row >= staging_rows).to(tl.int32), axis=0))
+    tl.atomic_add(state, staged)
+    tl.atomic_or(state + 1, overflow)
+
+
+@triton.jit(do_not_specialize=["tokens", "writes", "positions_in_table"])
 def _rope_kernel(
     query, key, value, out_query, out_key, cos, sin, positions,
     key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
     k_scale, v_scale,
-    writes, positions_in_table, slots_in_cache, staging_rows,
+    tokens, writes, positions_in_table, slots_in_cache, staging_rows,
     q_token, q_head, q_d, k_token, k_head, k_d, v_token, v_head, v_d,
     oq_token, oq_head, oq_d, ok_token, ok_head, ok_d,
     cos_row, cos_d, sin_row, sin_d, s_position,
@@ -97,117 +115,113 @@ def _rope_kernel(
     sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
     s_slot, s_map, s_k_scale, s_v_scale,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr,
+    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr, SAME_D: tl.constexpr,
     WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, EXACT_BF16: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """See the top of this file. With STAGE there is one more token's programs; the first counts."""
+    if OVERLAP:  # the attention that follows waits for the end of this; NOTE [overlap] in `merge`
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
+    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if token == tokens:
+            if group == 0:
+                _count(state, row_map, s_map, writes, staging_rows, 1024)
+            return
     Q_GROUPS: tl.constexpr = (HQ + HEADS - 1) // HEADS
     K_GROUPS: tl.constexpr = (HK + HEADS - 1) // HEADS
     HALF: tl.constexpr = ROTARY // 2
+    # All loads that depend on nothing come first: no one waits for another.
     slot = tl.full((), -1, tl.int64)
     draft = tl.full((), -1, tl.int64)
-    if WRITE:  # noqa: SIM102
-        if (group >= Q_GROUPS) & (token < writes):
-            slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
-            if STAGE:
-                draft = tl.load(row_map + token * s_map).to(tl.int64)
-                if group == Q_GROUPS:
-                    # One program a token, so a row counts once whatever its heads.
-                    if draft >= staging_rows:
-                        tl.atomic_or(state + 1, 1)
-                    elif draft >= 0:
-                        tl.atomic_add(state, 1)
-
-    if group < Q_GROUPS + K_GROUPS:
-        row = token
-        angles = HALF
-        if positions is not None:
-            row = tl.load(positions + token * s_position).to(tl.int64)
-            angles = tl.where((row >= 0) & (row < positions_in_table), HALF, 0)
-        pair = tl.arange(0, PAIRS)[None, :]
-        if NEOX:
-            first, second = pair, pair + HALF
-        else:
-            first, second = 2 * pair, 2 * pair + 1
-        known = pair < angles
-        if FULL:
-            c1 = _table(cos, row, known, first, cos_row, cos_d)
-            c2 = _table(cos, row, known, second, cos_row, cos_d)
-            s1 = _table(sin, row, known, first, sin_row, sin_d)
-            s2 = _table(sin, row, known, second, sin_row, sin_d)
-        else:
-            c1 = _table(cos, row, known, pair, cos_row, cos_d)
-            s1 = _table(sin, row, known, pair, sin_row, sin_d)
-            c2, s2 = c1, s1
-        rest = ROTARY + tl.arange(0, REST)[None, :]
-        if group < Q_GROUPS:
-            head = group * HEADS + tl.arange(0, HEADS)[:, None]
-            inside = (head < HQ) & (pair < HALF)
-            source = query + token * q_token + head.to(tl.int64) * q_head
-            x1 = tl.load(source + first.to(tl.int64) * q_d, mask=inside, other=0.0).to(tl.float32)
-            x2 = tl.load(source + second.to(tl.int64) * q_d, mask=inside, other=0.0).to(tl.float32)
-            target = out_query + token * oq_token + head.to(tl.int64) * oq_head
-            o1 = _round(x1 * c1 - x2 * s1, out_query)
-            o2 = _round(x2 * c2 + x1 * s2, out_query)
-            tl.store(target + first.to(tl.int64) * oq_d, o1, mask=inside)
-            tl.store(target + second.to(tl.int64) * oq_d, o2, mask=inside)
-            if (ROTARY < D) & (not IN_PLACE):
-                left = (head < HQ) & (rest < D)
-                kept = tl.load(source + rest.to(tl.int64) * q_d, mask=left)
-                tl.store(target + rest.to(tl.int64) * oq_d, kept, mask=left)
-        else:
-            head = (group - Q_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
-            inside = (head < HK) & (pair < HALF)
-            source = key + token * k_token + head.to(tl.int64) * k_head
-            x1 = tl.load(source + first.to(tl.int64) * k_d, mask=inside, other=0.0).to(tl.float32)
-            x2 = tl.load(source + second.to(tl.int64) * k_d, mask=inside, other=0.0).to(tl.float32)
-            target = out_key + token * ok_token + head.to(tl.int64) * ok_head
-            o1 = _round(x1 * c1 - x2 * s1, out_key)
-            o2 = _round(x2 * c2 + x1 * s2, out_key)
-            tl.store(target + first.to(tl.int64) * ok_d, o1, mask=inside)
-            tl.store(target + second.to(tl.int64) * ok_d, o2, mask=inside)
-            if WRITE:
-                _store_kv(
-                    o1, key_cache, staged_key, k_scale, head, first, inside, slot, draft,
-                    slots_in_cache, staging_rows,
-                    kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-                    s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
-                )  # fmt: skip
-                _store_kv(
-                    o2, key_cache, staged_key, k_scale, head, second, inside, slot, draft,
-                    slots_in_cache, staging_rows,
-                    kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-                    s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
-                )  # fmt: skip
-            if ROTARY < D:
-                left = (head < HK) & (rest < D)
-                kept = tl.load(source + rest.to(tl.int64) * k_d, mask=left)
-                if not IN_PLACE:
-                    tl.store(target + rest.to(tl.int64) * ok_d, kept, mask=left)
-                if WRITE:
-                    _store_kv(
-                        kept, key_cache, staged_key, k_scale, head, rest, left, slot, draft,
-                        slots_in_cache, staging_rows,
-                        kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-                        s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
-                    )  # fmt: skip
+    if WRITE:
+        written = (group >= Q_GROUPS) & (token < writes)
+        slot = tl.load(slot_mapping + token * s_slot, mask=written, other=-1).to(tl.int64)
+        if STAGE:
+            draft = tl.load(row_map + token * s_map, mask=written, other=-1).to(tl.int64)
     if WRITE:  # noqa: SIM102
         if group >= Q_GROUPS + K_GROUPS:
             head = (group - Q_GROUPS - K_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
             d = tl.arange(0, ROW)[None, :]
             inside = (head < HK) & (d < D)
-            row = tl.load(
-                value + token * v_token + head.to(tl.int64) * v_head + d.to(tl.int64) * v_d,
-                mask=inside,
-            )  # fmt: skip
+            place = value + token * v_token + head.to(tl.int64) * v_head
+            row = tl.load(place + d.to(tl.int64) * v_d, mask=inside)
             _store_kv(
                 row, value_cache, staged_value, v_scale, head, d, inside, slot, draft,
                 slots_in_cache, staging_rows,
                 vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
                 s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+            )  # fmt: skip
+            return
+
+    row = token
+    angles = HALF
+    if positions is not None:
+        row = tl.load(positions + token * s_position).to(tl.int64)
+        angles = tl.where((row >= 0) & (row < positions_in_table), HALF, 0)
+    of_query = group < Q_GROUPS
+    head = tl.where(of_query, group, group - Q_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
+    heads = tl.where(of_query, HQ, HK)
+    source = tl.where(of_query, query + token * q_token, key + token * k_token)
+    target = tl.where(of_query, out_query + token * oq_token, out_key + token * ok_token)
+    source += head.to(tl.int64) * tl.where(of_query, q_head, k_head)
+    target += head.to(tl.int64) * tl.where(of_query, oq_head, ok_head)
+    x_d = q_d
+    o_d = oq_d
+    if not SAME_D:
+        x_d = tl.where(of_query, q_d, k_d)
+        o_d = tl.where(of_query, oq_d, ok_d)
+    pair = tl.arange(0, PAIRS)[None, :]
+    if NEOX:
+        first, second = pair, pair + HALF
+    else:
+        first, second = 2 * pair, 2 * pair + 1
+    inside = (head < heads) & (pair < HALF)
+    x1 = tl.load(source + first.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + second.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
+    rest = ROTARY + tl.arange(0, REST)[None, :]
+    left = (head < heads) & (rest < D)
+    if ROTARY < D:
+        kept = tl.load(source + rest.to(tl.int64) * x_d, mask=left)
+    known = pair < angles
+    if FULL:
+        c1 = _table(cos, row, known, first, cos_row, cos_d)
+        c2 = _table(cos, row, known, second, cos_row, cos_d)
+        s1 = _table(sin, row, known, first, sin_row, sin_d)
+        s2 = _table(sin, row, known, second, sin_row, sin_d)
+    else:
+        c1 = _table(cos, row, known, pair, cos_row, cos_d)
+        s1 = _table(sin, row, known, pair, sin_row, sin_d)
+        c2, s2 = c1, s1
+    o1 = _round(x1 * c1 - x2 * s1, out_query, EXACT_BF16)
+    o2 = _round(x2 * c2 + x1 * s2, out_query, EXACT_BF16)
+    tl.store(target + first.to(tl.int64) * o_d, o1, mask=inside)
+    tl.store(target + second.to(tl.int64) * o_d, o2, mask=inside)
+    if (ROTARY < D) and (not IN_PLACE):
+        tl.store(target + rest.to(tl.int64) * o_d, kept, mask=left)
+    if WRITE:
+        # Groups of q have neither a slot nor a staging row.
+        _store_kv(
+            o1, key_cache, staged_key, k_scale, head, first, inside, slot, draft,
+            slots_in_cache, staging_rows,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+            s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+        )  # fmt: skip
+        _store_kv(
+            o2, key_cache, staged_key, k_scale, head, second, inside, slot, draft,
+            slots_in_cache, staging_rows,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+            s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+        )  # fmt: skip
+        if ROTARY < D:
+            _store_kv(
+                kept, key_cache, staged_key, k_scale, head, rest, left, slot, draft,
+                slots_in_cache, staging_rows,
+                kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
+                s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
             )  # fmt: skip
 
 
@@ -263,10 +277,10 @@ def _launch(
     v_in = (0, 0, 0) if value is None else value.stride()
     half = rotary_dim // 2
     with on_device(query):
-        _rope_kernel[(tokens, groups)](
+        _rope_kernel[(tokens + (staging is not None), groups)](
             query, key, value, out_query, out_key, cos, sin, positions,
             *caches, state, slot_mapping, row_map, k_scale, v_scale,
-            writes, cos.shape[0], slots_in_cache, staging_rows,
+            tokens, writes, cos.shape[0], slots_in_cache, staging_rows,
             *query.stride(), *key.stride(), *v_in, *out_query.stride(), *out_key.stride(),
             *cos.stride(), *sin.stride(), 0 if positions is None else positions.stride(0),
             *k_strides, *v_strides, *staged_strides,
@@ -275,13 +289,16 @@ def _launch(
             scale_stride(k_scale), scale_stride(v_scale),
             HQ=q_heads, HK=kv_heads, D=size, ROTARY=rotary_dim, NEOX=is_neox,
             FULL=cos.shape[1] == rotary_dim, IN_PLACE=out_query is query,
+            SAME_D=query.stride(2) == key.stride(2) and out_query.stride(2) == out_key.stride(2),
             WRITE=key_cache is not None, STAGE=staging is not None, X=x, BLOCK_SIZE=block_size,
             FP8=fp8, K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
+            EXACT_BF16=INTERPRETED,
+            OVERLAP=key_cache is not None and overlaps(query.device.index),
             HEADS=heads, PAIRS=triton.next_power_of_2(half),
             REST=triton.next_power_of_2(max(1, size - rotary_dim)),
             ROW=triton.next_power_of_2(size),
             # A fused multiply-add would round otherwise than the reference.
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, num_warps=_WARPS,
         )  # fmt: skip
 
 

@@ -78,9 +78,11 @@ class Case:
 
     def fused(self, is_neox: bool, memory: list[Tensor] | None = None) -> list[Tensor]:
         memory = self.memory() if memory is None else memory
+        cache, value_cache, staged, staged_value, state = memory
         rotated = ops.rope_stage_kv(
-            self.q, self.k, self.v, self.cos, self.sin, self.rotary, is_neox, *memory, self.slots,
-            self.row_map, self.positions, self.name, self.k_scale, self.v_scale,
+            self.q, self.k, self.v, self.cos, self.sin, self.rotary, is_neox, cache, value_cache,
+            staged, staged_value, state, self.slots, self.row_map, self.positions, self.name,
+            self.k_scale, self.v_scale,
         )  # fmt: skip
         return [*rotated, *memory]
 
@@ -91,7 +93,11 @@ class Case:
         q, k, v = (part.unflatten(1, (-1, self.size)) for part in packed.split(sizes, 1))
         table = torch.cat([self.cos, self.sin], dim=1)
         ops.rotary_embedding(self.positions, q, k, self.size, table, is_neox)
-        ops.stage_kv(k, v, *memory, self.slots, self.row_map, self.name, self.k_scale, self.v_scale)
+        cache, value_cache, staged, staged_value, state = memory
+        ops.stage_kv(
+            k, v, cache, value_cache, staged, staged_value, state, self.slots, self.row_map,
+            self.name, self.k_scale, self.v_scale,
+        )  # fmt: skip
         return [q.contiguous(), k.contiguous(), *memory]
 
 
@@ -103,7 +109,7 @@ def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
 def both(case: Case, call: str, is_neox: bool) -> list[list[Tensor]]:
     found = []
     for how in ("reference", "triton"):
-        with ops.implementation(how):  # type: ignore[arg-type]
+        with ops.implementation(how):
             found.append(getattr(case, call)(is_neox))
     return found
 
