@@ -615,6 +615,13 @@ def test_help_is_the_commands_own_and_loads_no_vllm() -> None:
     assert done.stdout.rstrip().endswith("False")
 
 
+def test_bench_help_names_the_benchmarks() -> None:
+    result = CliRunner().invoke(app, ["bench", "--help"])
+    assert result.exit_code == 0
+    for name in ("core", "engine", "Without a command: engine"):
+        assert name in result.output
+
+
 def test_without_vllm_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "has_vllm", lambda: False)
     # `nwor bench` alone is this benchmark, and so it is with options alone.
