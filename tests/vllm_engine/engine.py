@@ -83,4 +83,5 @@ def run(options: dict[str, Any], out: Path) -> None:
             report["phases"][name] = {"error": repr(error)}
             break  # the engine is in no state to go on
         print(f"phase {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    report["cpu_seconds"] = sum(os.times()[:4])
     out.write_text(json.dumps({**report, **phases.facts()}))

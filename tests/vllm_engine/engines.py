@@ -1,7 +1,6 @@
 """Every engine that a test may ask for, by name; `engine.py` says what the options mean.
 
-`nwor` goes into additional_config and `phases` are run in order, see `phases.py`. An engine with
-`after` starts when those have ended, so that it finds their graphs in the compile cache.
+`nwor` goes into additional_config and `phases` are run in order, see `phases.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ ENGINES: dict[str, dict[str, Any]] = {
         "method": "draft_model",
         "phases": ["greedy", "temperature", "logprobs"],
     },
-    # The scheduler, the workers and their hooks in processes of their own, as `vllm serve` has
-    # them, and the model split over two ranks. SCV mode by environment.
+    # The model split over two ranks; the workers and their hooks are processes of their own. SCV
+    # mode by environment.
     "stage_ranks": {
         "nwor": {"mode": "stage"},
         "method": "draft_model",
@@ -96,17 +95,4 @@ ENGINES: dict[str, dict[str, Any]] = {
         "phases": ["greedy", "direct"],
     },
     "plain": {"nwor": {"mode": "off"}, "method": "none", "phases": ["greedy"]},
-    # Over a cache that holds the graphs of both modes.
-    "off_again": {
-        "nwor": {"mode": "off"},
-        "method": "draft_model",
-        "after": ["off", "stage"],
-        "phases": ["short"],
-    },
-    "stage_again": {
-        "nwor": {"mode": "stage"},
-        "method": "draft_model",
-        "after": ["off", "stage"],
-        "phases": ["short"],
-    },
 }  # fmt: skip

@@ -193,10 +193,6 @@ class Phases(Faults, Ranks):
         with self.replaced(self.hooks, "window", None):
             return self.phase_structured()
 
-    def phase_short(self) -> dict[str, Any]:
-        """Two requests, and what the worker is made of."""
-        return {**self.generate(prompts()[:2], limits=[8, 8]), **self.inside()[0]}
-
     def phase_scv_off(self) -> dict[str, Any]:
         return self._with_scv("off")
 

@@ -98,8 +98,7 @@ class Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
         self._cores = threading.BoundedSemaphore(AT_A_TIME)
-        # One thread an engine, since a thread may be waiting for the engines named in `after`.
-        self._threads = concurrent.futures.ThreadPoolExecutor(len(ENGINES))
+        self._threads = concurrent.futures.ThreadPoolExecutor(AT_A_TIME)
         self._reports: dict[str, concurrent.futures.Future[Report]] = {}
         self._processes: list[Any] = []
         self._closed = False
@@ -108,7 +107,6 @@ class Pool:
         """Queue these engines, in this order; those that have run or are queued are left alone."""
         for name in names:
             if name not in self._reports:
-                self.start(ENGINES[name].get("after", []))
                 self._reports[name] = self._threads.submit(self._run, name)
 
     def report(self, name: str) -> Report:
@@ -135,8 +133,6 @@ class Pool:
         earlier = Path(self.kept, f"{name}.json") if self.kept else None
         if earlier is not None and earlier.exists():
             return Report({"log": "", **json.loads(earlier.read_text())})
-        for other in options.get("after", []):
-            self._reports[other].result()
         out, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
         with self._cores:
             if self._closed:

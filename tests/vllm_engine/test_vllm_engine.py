@@ -258,27 +258,3 @@ def test_the_audit_sees_what_somebody_else_writes_and_what_is_not_committed(stag
     assert tampered["audit"]["unexpected"] > 0
     assert tampered["audit"]["lost"] > 0
     assert tampered["recomputed"]["worst"] > RECOMPUTED_WITHIN
-
-
-# Cache keys: an engine started when the cache holds the graphs of both modes.
-
-
-def test_off_over_a_warm_cache_never_serves_the_staged_graph(off_again: Report) -> None:
-    """The unrewritten graph never calls a twin."""
-    again = off_again.phase("short")
-    assert again["twins"]["calls"] == 0
-    assert again["nwor"] == {}
-
-
-def test_stage_over_a_warm_cache_never_serves_the_direct_graph(
-    off_again: Report, stage_again: Report
-) -> None:
-    again = stage_again.phase("short")
-    assert again["twins"]["staged"] > 0
-    assert again["nwor"]["nwor_total_staged"] > 0
-    assert again["ids"] == off_again.phase("short")["ids"]
-
-
-@pytest.mark.parametrize("name", ["off_again", "stage_again"])
-def test_both_modes_run_this_packages_attention(engine: Engine, name: str) -> None:
-    assert engine(name).phase("short")["backends"] == ["NworCPUImpl"]

@@ -39,6 +39,7 @@ def test_token_ids_equal_the_direct_runs(off_ranks: Report, stage_ranks: Report)
     assert staged["vllm"] == off["vllm"]
     assert staged["ids"] == stage_ranks.phase("split_direct")["ids"]
     assert all(worker["twins"]["calls"] == 0 for worker in off["workers"])
+    assert all(worker["backends"] == ["NworCPUImpl"] for worker in off["workers"])
     assert off["nwor"] == {}
 
 
