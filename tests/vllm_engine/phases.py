@@ -213,7 +213,7 @@ class Phases(Faults, Ranks):
     def _reopen(self, settings: Any) -> None:
         self.hooks.settings = settings
         self.hooks._open(self.worker.model_runner.kv_cache_config)
-        self.hooks.warmed_up()
+        self.hooks.window.warm_up()
 
     def phase_profiled(self) -> dict[str, Any]:
         """Under torch.profiler: how often each range of ours was seen, and where."""
