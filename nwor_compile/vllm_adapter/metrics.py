@@ -103,7 +103,8 @@ class NworEngineCollector(Collector):
             refused = CounterMetricFamily(
                 "vllm:nwor_refused", "NWOR: reasons to run direct", labels=["model_name"]
             )
-            refused.add_metric([self.model], len(self.refused))
+            # A worker that gave up after warm-up had one reason, which stands in the log.
+            refused.add_metric([self.model], max(1, len(self.refused)))
             yield refused
             return
         for name, first in engines[0][1].items():

@@ -51,6 +51,10 @@ class PublishesMetrics(_Worker):
 
     def _publish(self) -> None:
         window = self._window()
+        if window is None and self._writer is not None:
+            # Refused after warm-up, and running direct: without a file it is not taken for active.
+            self._writer.path.unlink(missing_ok=True)
+            self._writer = None
         if window is None or self.rank != 0 or PREFIX_VARIABLE not in os.environ:
             return
         if self._writer is None or self._writer.window is not window:

@@ -31,12 +31,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(out.read_text()), "log": done.stdout + done.stderr}
 
 
-@pytest.mark.parametrize("name", ["flag", "environment"])
-def test_the_flag_alone_switches_on(outcomes: dict[str, Any], name: str) -> None:
+FORMS = [
+    "flag",
+    "environment",
+    "named",
+    "named_as_option",
+    "serve_flag",
+    "serve_named",
+    "serve_named_short",
+]
+
+
+@pytest.mark.parametrize("name", [*FORMS, "named_with_settings"])
+def test_each_form_of_the_flag_alone_switches_on(outcomes: dict[str, Any], name: str) -> None:
     found = outcomes[name]
     assert "error" not in found
     assert PASS_SLOT in found["passes"]
     assert found["worker"].endswith("NworCPUWorker")
+    assert found["named"] == {}
+    assert found["additional"]["nwor"]["mode"] == "stage"
+
+
+def test_all_forms_of_the_flag_have_one_cache_key(outcomes: dict[str, Any]) -> None:
+    assert len({outcomes[name]["hash"] for name in FORMS}) == 1
 
 
 def test_without_the_flag_the_engine_is_vllms_own(outcomes: dict[str, Any]) -> None:
@@ -48,7 +65,12 @@ def test_without_the_flag_the_engine_is_vllms_own(outcomes: dict[str, Any]) -> N
 
 def test_stage_and_off_and_none_have_three_cache_keys(outcomes: dict[str, Any]) -> None:
     assert len({outcomes[name]["hash"] for name in ("flag", "off", "none")}) == 3
-    assert outcomes["flag"]["hash"] == outcomes["environment"]["hash"]
+
+
+def test_a_changed_pass_has_another_cache_key(outcomes: dict[str, Any]) -> None:
+    """Through its uuid: the settings are the same."""
+    assert outcomes["another_uuid"]["additional"] == outcomes["flag"]["additional"]
+    assert outcomes["another_uuid"]["hash"] != outcomes["flag"]["hash"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +83,13 @@ def test_stage_and_off_and_none_have_three_cache_keys(outcomes: dict[str, Any]) 
         ("fast_prefill", "kv_sharing_fast_prefill"),
         ("unknown_setting", "'modus'"),
         ("conflict", "VLLM_NWOR_MODE"),
+        ("named_against_flag", "additional_config['nwor']['mode'] is 'off'"),
+        ("named_against_flag", f"compilation_config.inductor_passes['{PASS_SLOT}']"),
+        ("named_against_environment", "VLLM_NWOR_MODE is 'off'"),
+        ("named_in_another_slot", f"expected under '{PASS_SLOT}'"),
+        ("unknown_variable", "unknown environment variable VLLM_NWOR_MOD;"),
+        ("breakable", "VLLM_USE_BREAKABLE_CUDAGRAPH=1"),
+        ("no_compilation", "compilation mode NONE"),
     ],
 )
 def test_refusals(outcomes: dict[str, Any], name: str, named: str) -> None:
