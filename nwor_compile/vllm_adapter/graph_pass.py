@@ -38,6 +38,11 @@ class VllmNworPass(CustomGraphPass):
         for decision in report.refused:
             log.warning("NWOR: %s stays direct: %s", decision.node, decision.reason)
 
+    def is_applicable_for_range(self, compile_range: Any) -> bool:
+        """For every range of sizes that vLLM compiles."""
+        del compile_range
+        return True
+
     def uuid(self) -> str:
         """Changes with the sources of the passes, the op names and `strict`."""
         text = f"{sources_hash()}|{self.ops}|strict={self.strict}"
@@ -45,3 +50,13 @@ class VllmNworPass(CustomGraphPass):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ops": self.ops, "strict": self.strict, "reports": []}
+
+
+def register_with_vllm() -> None:
+    """Let vLLM take `VllmNworPass` for one of its own passes, which its compile mode asks for.
+
+    Both derive from torch's abstract CustomGraphPass; this module must load without vLLM.
+    """
+    from vllm.compilation.passes.inductor_pass import InductorPass
+
+    InductorPass.register(VllmNworPass)

@@ -18,6 +18,7 @@ from nwor_compile.ops.staging import LayerStaging
 _library = torch.library.Library("nwor", "FRAGMENT")
 _layers: dict[str, LayerStaging] = {}
 _executions = {"calls": 0, "staged": 0, "direct": 0}
+_called: set[str] = set()
 
 
 def set_layers(layers: dict[str, LayerStaging]) -> None:
@@ -32,9 +33,17 @@ def executions() -> dict[str, int]:
     return dict(_executions)
 
 
+def take_called() -> set[str]:
+    """Names of the layers whose `vllm_stage` ran since this was asked last."""
+    names = set(_called)
+    _called.clear()
+    return names
+
+
 def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
     _executions["calls"] += 1
     name = _resolve_layer_name(layer_name)
+    _called.add(name)
     _, layer, kv_cache, slots = get_attention_context(name)
     if slots is not None:
         staging = _layers.get(name)

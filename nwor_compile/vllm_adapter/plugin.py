@@ -21,8 +21,10 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from nwor_compile.config import ENVIRONMENT
+    from nwor_compile.vllm_adapter.graph_pass import register_with_vllm
 
     use_vllm_handlers()
+    register_with_vllm()
     patches.wrap(EngineArgs, "EngineArgs.create_engine_config", _create_engine_config)
     patches.announce_variables(ENVIRONMENT.values())
 
@@ -39,6 +41,7 @@ def _create_engine_config(original: Callable[..., Any], *args: Any, **kwargs: An
 
 def _forget_backend() -> None:
     """An earlier engine of this process may have replaced CPU_ATTN; this one may not want that."""
-    backend = sys.modules.get("nwor_compile.vllm_adapter.cpu_backend")
-    if backend is not None:
-        backend.forget()
+    for name in ("cpu_backend", "cuda_backend"):
+        backend = sys.modules.get(f"nwor_compile.vllm_adapter.{name}")
+        if backend is not None:
+            backend.forget()

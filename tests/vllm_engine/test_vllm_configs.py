@@ -100,3 +100,16 @@ def test_refusals(outcomes: dict[str, Any], name: str, named: str) -> None:
 def test_not_strict_runs_vllms_own_engine_and_says_so(outcomes: dict[str, Any]) -> None:
     assert outcomes["not_strict"]["worker"] == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert "It runs without NWOR" in outcomes["log"]
+
+
+def test_vllms_own_compile_mode_takes_the_pass() -> None:
+    """Its backend asserts that the pass is an InductorPass, and asks it about each range."""
+    from vllm.compilation.passes.inductor_pass import InductorPass
+
+    from nwor_compile.passes.layer_ops import LayerOps
+    from nwor_compile.vllm_adapter.graph_pass import VllmNworPass, register_with_vllm
+
+    register_with_vllm()
+    found = VllmNworPass(LayerOps(), strict=True)
+    assert isinstance(found, InductorPass)
+    assert found.is_applicable_for_range(None)
