@@ -18,6 +18,10 @@ CPU_WORKER = "v1/worker/cpu_worker.py"
 ATTENTION = "model_executor/layers/attention/attention.py"
 BACKEND = "v1/attention/backend.py"
 CPU_BACKEND = "v1/attention/backends/cpu_attn.py"
+FLASH_BACKEND = "v1/attention/backends/flash_attn.py"
+V2_RUNNER = "v1/worker/gpu/model_runner.py"
+V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
+CUDA_END = (0, 27)
 REGISTRY = "v1/attention/backends/registry.py"
 COMPILATION = "config/compilation.py"
 METRICS = "v1/metrics/prometheus.py"
@@ -206,6 +210,85 @@ CPU_ATTENTION: tuple[Entry, ...] = (
     ),
 )  # fmt: skip
 
+# cuda_configure.py, cuda_worker.py, device_runner.py, cuda_backend.py; see RUN_ON_CUDA
+CUDA: tuple[Entry, ...] = (
+    Names(
+        COMPILATION, "CompilationConfig",
+        ("use_inductor_graph_partition", "splitting_ops", "_attention_ops"), until=CUDA_END,
+    ),
+    Function(GPU_WORKER, "Worker.init_device", ("self",), until=CUDA_END),
+    Function(GPU_WORKER, "Worker.load_model", ("self",), until=CUDA_END),
+    Function(GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",), until=CUDA_END),
+    Attributes(GPU_WORKER, "Worker", ("model_runner", "use_v2_model_runner"), until=CUDA_END),
+    Function(
+        V2_RUNNER, "GPUModelRunner.initialize_kv_cache", ("self", "kv_cache_config"),
+        until=CUDA_END,
+    ),
+    Function(V2_RUNNER, "GPUModelRunner.prepare_attn", ("self", "input_batch"), until=CUDA_END),
+    Function(
+        V2_RUNNER, "GPUModelRunner.execute_model", ("self", "scheduler_output"), until=CUDA_END
+    ),
+    Function(
+        V2_RUNNER, "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"), exact=True, until=CUDA_END,
+    ),
+    # In this order: slots, forward, sample, the copy of the output, the drafter.
+    Text(
+        V2_RUNNER, "GPUModelRunner.execute_model", "self.prepare_attn(input_batch)", until=CUDA_END
+    ),
+    Text(
+        V2_RUNNER, "GPUModelRunner.sample_tokens",
+        "self.sample(hidden_states, input_batch, grammar_output)", until=CUDA_END,
+    ),
+    Function(
+        V2_SPECULATOR, "DraftModelSpeculator.load_model", ("self", "target_model"), until=CUDA_END
+    ),
+    Attributes(
+        V2_SPECULATOR, "DraftModelSpeculator", ("draft_attn_layer_names",), until=CUDA_END
+    ),
+    Names(
+        "v1/worker/gpu/input_batch.py", "InputBatch",
+        (
+            "num_draft_tokens", "cu_num_logits", "query_start_loc", "logits_indices", "input_ids",
+        ),
+        until=CUDA_END,
+    ),
+    Names(
+        "v1/worker/gpu/sample/output.py", "SamplerOutput",
+        ("sampled_token_ids", "num_sampled", "num_rejected"), until=CUDA_END,
+    ),
+    Names(REGISTRY, "AttentionBackendEnum", ("FLASH_ATTN",), until=CUDA_END),
+    Function("v1/attention/selector.py", "_cached_get_attn_backend", (), until=CUDA_END),
+    Function(
+        FLASH_BACKEND, "FlashAttentionImpl.forward",
+        (
+            "self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output",
+            "output_scale", "output_block_scale",
+        ),
+        exact=True, until=CUDA_END,
+    ),
+    Function(
+        FLASH_BACKEND, "FlashAttentionImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"), exact=True, until=CUDA_END,
+    ),
+    Attributes(
+        FLASH_BACKEND, "FlashAttentionImpl",
+        (
+            "scale", "sliding_window", "logits_soft_cap", "alibi_slopes", "sinks", "attn_type",
+            "kv_cache_dtype",
+        ),
+        until=CUDA_END,
+    ),
+    Names(
+        FLASH_BACKEND, "FlashAttentionMetadata", ("query_start_loc", "seq_lens", "block_table"),
+        until=CUDA_END,
+    ),
+    Attributes(
+        "v1/spec_decode/llm_base_proposer.py", "SpecDecodeBaseProposer",
+        ("_draft_attn_layer_names",), until=CUDA_END,
+    ),
+)  # fmt: skip
+
 # metrics.py, metrics_worker.py
 FIGURES: tuple[Entry, ...] = (
     Names(
@@ -236,5 +319,5 @@ SAMPLER: tuple[Entry, ...] = (
 )  # fmt: skip
 
 CONTRACT: tuple[Entry, ...] = (
-    *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *CPU_ATTENTION, *FIGURES, *SAMPLER,
+    *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *CPU_ATTENTION, *CUDA, *FIGURES, *SAMPLER,
 )  # fmt: skip

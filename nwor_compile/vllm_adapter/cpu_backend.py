@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from nwor_compile.ops import paged_attention, reshape_and_cache, stage_kv, verify_attention
 from nwor_compile.ops.staging import LayerStaging
+from nwor_compile.vllm_adapter.packed_cache import split_cache
 
 
 def use() -> None:
@@ -32,13 +33,6 @@ def forget() -> None:
     """Give CPU_ATTN back: a later engine in this process may run without NWOR."""
     if AttentionBackendEnum.CPU_ATTN.get_path().startswith(__name__):
         AttentionBackendEnum.CPU_ATTN.clear_override()
-
-
-def split_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value as `[blocks, block, kv_heads, D]` views of vLLM's packed cache."""
-    size = kv_cache.shape[-1] // 2
-    rows = kv_cache.permute(0, 2, 1, 3)
-    return rows[..., :size], rows[..., size:]
 
 
 @dataclass
@@ -179,8 +173,3 @@ class NworCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[NworCPUMetadataBuilder]:
         """The metadata builder."""
         return NworCPUMetadataBuilder
-
-
-def is_packed(kv_cache: Tensor) -> bool:
-    """True for the cache form that `split_cache` reads."""
-    return isinstance(kv_cache, torch.Tensor) and kv_cache.dim() == 4

@@ -47,6 +47,13 @@ PATCHES: dict[str, Patch] = {
         ("input_ids", "positions"), "begin before it, abort if it raises"
     ),
     "GPUModelRunner._sample": Patch(("logits", "spec_decode_metadata"), "commit after it"),
+    # The same of the V2 model runner.
+    "speculator.load_model": Patch(("target_model",), "which layers are the target's"),
+    "GPUModelRunner.prepare_attn": Patch(("input_batch",), "begin: slots and counts are there"),
+    "GPUModelRunner.execute_model": Patch(("scheduler_output",), "abort if it raises"),
+    "GPUModelRunner.sample": Patch(
+        ("hidden_states", "input_batch", "grammar_output"), "commit after it"
+    ),
     # In engines of the benchmark harness and of the tests, on vLLM's CPU engine.
     "rejection_sampler.expand_batch_to_tokens": Patch(
         ("x", "cu_num_tokens", "num_tokens"), "repairs the temperatures of drafts"

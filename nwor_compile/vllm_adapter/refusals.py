@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from nwor_compile.vllm_adapter import contract
+from nwor_compile.vllm_adapter.cuda_configure import CUDA_WORKER, cuda_refusals
 
 log = logging.getLogger("nwor_compile")
 
@@ -29,9 +30,12 @@ SWALLOWS_THE_OP = (
 def backend_refusals(config: Any) -> list[str]:
     """What stands against this package's worker and attention backend, in either mode."""
     found = []
-    if config.device_config.device_type != "cpu":
-        found.append("only the CPU engine is supported so far; unset the nwor flag")
-    if config.parallel_config.worker_cls != CPU_WORKER:
+    device = config.device_config.device_type
+    if device == "cuda":
+        found += cuda_refusals(config, contract.installed()[0])
+    elif device != "cpu":
+        found.append(f"device {device} is not supported; unset the nwor flag")
+    if config.parallel_config.worker_cls != (CUDA_WORKER if device == "cuda" else CPU_WORKER):
         found.append(f"worker_cls is {config.parallel_config.worker_cls}; leave it at vLLM's own")
     if not isinstance(config.additional_config or {}, dict):
         found.append(
@@ -40,7 +44,7 @@ def backend_refusals(config: Any) -> list[str]:
         )
     version, root = contract.installed()
     broken = contract.mismatches(version, root)
-    if not broken and not contract.was_run(version):
+    if not broken and device == "cpu" and not contract.was_run(version):
         log.warning("NWOR was never run with vLLM %s; its source fits what is needed", version)
     return found + broken
 
@@ -68,7 +72,9 @@ def layer_refusal(name: str, layer: Any) -> str:
             f"layer {name}: {type(impl).__name__} cannot read staged rows; leave the attention "
             "backend to NWOR, or unset the nwor flag for this model"
         )
-    return ""
+    refuses = getattr(impl, "stage_refusal", None)
+    reason = refuses() if refuses is not None else ""
+    return f"layer {name}: {reason}" if reason else ""
 
 
 def _parallelism(config: Any) -> list[str]:
@@ -124,8 +130,9 @@ def _speculation(config: Any) -> list[str]:
             f"drafter {speculative.method} reads the target's cache past what is committed; use "
             "another method"
         ]
-    if getattr(config, "use_v2_model_runner", False):
-        return ["the V2 model runner has no NWOR hooks yet; set VLLM_USE_V2_MODEL_RUNNER=0"]
+    v2 = getattr(config, "use_v2_model_runner", False)
+    if v2 and config.device_config.device_type != "cuda":
+        return ["the V2 model runner is hooked on CUDA alone; set VLLM_USE_V2_MODEL_RUNNER=0"]
     return []
 
 

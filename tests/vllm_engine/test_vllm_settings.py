@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "gemma4_mtp",
     ),
     "own worker": ({"parallel_config__worker_cls": "my.Worker"}, "my.Worker"),
-    "another device": ({"device_config__device_type": "cuda"}, "unset the nwor flag"),
+    "another device": ({"device_config__device_type": "xpu"}, "unset the nwor flag"),
 }
 
 

@@ -1,0 +1,52 @@
+"""What a CUDA engine needs of its configuration beside the pass and the worker class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
+
+CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+NWOR_CUDA_WORKER = "nwor_compile.vllm_adapter.cuda_worker.NworGPUWorker"
+VERIFY_OP = "nwor::vllm_verify"
+METHODS = ("eagle", "draft_model")
+
+
+def cuda_refusals(config: Any, version: str) -> list[str]:
+    """What of a CUDA engine's configuration was never seen to work; empty if nothing.
+
+    See `tests/vllm_gpu`: a row leaves this list when an engine has run there.
+    """
+    found = []
+    if version not in RUN_ON_CUDA:
+        found.append(
+            f"on CUDA NWOR ran with vLLM {', '.join(RUN_ON_CUDA)} alone, this is {version}"
+        )
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in METHODS:
+        found.append(
+            f"method {speculative.method} on CUDA is not supported yet; use {' or '.join(METHODS)}"
+        )
+    backend = getattr(config.attention_config, "backend", None)
+    if backend is not None and backend.name != "FLASH_ATTN":
+        found.append(f"attention backend {backend.name} cannot read staged rows; use FLASH_ATTN")
+    cache = config.cache_config.cache_dtype
+    if cache not in ("auto", "bfloat16", "float16"):
+        found.append(f"a {cache} cache on CUDA is not supported yet; use auto")
+    if config.parallel_config.tensor_parallel_size > 1:
+        found.append("tensor parallelism on CUDA is not supported yet; use size 1")
+    if getattr(config.parallel_config, "data_parallel_size", 1) > 1:
+        found.append("data parallelism on CUDA is not supported yet; use size 1")
+    return found
+
+
+def partition_by_inductor(compilation: Any) -> None:
+    """Let Inductor cut the graph at the attention, not Dynamo.
+
+    By default vLLM cuts the graph at its attention and cache-write ops before Inductor sees it, and
+    no pass finds them. Cut by Inductor, after the passes, the write is compiled and captured with
+    the piece before it. The list must hold all attention ops of vLLM's, or it counts as having
+    none, and ours in their place.
+    """
+    compilation.use_inductor_graph_partition = True
+    compilation.splitting_ops = [*compilation._attention_ops, VERIFY_OP]

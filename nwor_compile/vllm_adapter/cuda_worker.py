@@ -1,0 +1,83 @@
+"""The worker class that a configured CUDA engine names in `worker_cls`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
+from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
+from nwor_compile.vllm_adapter.runner import RunnerHooks
+from nwor_compile.vllm_adapter.settings import requested
+
+
+class NworGPUWorker(PublishesMetrics, Worker):
+    """vLLM's GPU worker with this package's attention on the target's layers and, in mode `stage`,
+    with NWOR hooks on its model runner. Mode `off` keeps the attention, so that the two can be
+    compared."""
+
+    nwor: RunnerHooks | None = None
+    _stages = False
+
+    def init_device(self) -> None:
+        """Make the runner, then hook it. Layers look their backend up later, in load_model."""
+        use()
+        super().init_device()
+        settings = requested(self.vllm_config.additional_config)
+        self._stages = settings is not None and settings.mode == "stage"
+        if settings is not None and self._stages:
+            hooks = DeviceRunnerHooks if self.use_v2_model_runner else RunnerHooks
+            self.nwor = hooks(self.model_runner, self.vllm_config, settings)
+
+    def load_model(self, **kwargs: Any) -> None:
+        """In mode `off`, the target's layers read with the kernel of mode `stage`."""
+        super().load_model(**kwargs)
+        if self._stages:
+            return
+        theirs = drafters_layers(self.model_runner)
+        context = self.vllm_config.compilation_config.static_forward_context
+        for name, layer in context.items():
+            impl = getattr(layer, "impl", None)
+            if name not in theirs and isinstance(impl, NworFlashImpl) and not impl.stage_refusal():
+                impl.direct = True
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Capture the commit's graphs, warm up, then make sure that the rewritten graph is what
+        ran."""
+        if self.nwor is not None:
+            self.nwor.warm_up()
+        result = super().compile_or_warm_up_model()
+        if self.nwor is not None:
+            self.nwor.warmed_up()
+        return result
+
+    @torch.inference_mode()
+    def _publish(self) -> None:
+        # vLLM's warm-up samples in inference mode, and the tensors made there can only be written
+        # in it.
+        super()._publish()
+
+    def shutdown(self) -> None:
+        """Stage nothing from here on: the next engine of this process may get the same memory."""
+        if self.nwor is not None:
+            self.nwor.close()
+        super().shutdown()
+
+    def nwor_metrics(self) -> dict[str, Any]:
+        """The window's counters; for `LLM.collective_rpc("nwor_metrics")`. Empty in mode `off`."""
+        return {} if self.nwor is None else self.nwor.metrics()
+
+
+def drafters_layers(runner: Any) -> set[str]:
+    """Names of the drafter's attention layers, on either runner, once it is loaded."""
+    for holder, names in (
+        ("speculator", "draft_attn_layer_names"),
+        ("drafter", "_draft_attn_layer_names"),
+    ):
+        found = getattr(getattr(runner, holder, None), names, None)
+        if found is not None:
+            return set(found)
+    return set()

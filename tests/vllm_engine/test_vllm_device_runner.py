@@ -1,0 +1,226 @@
+"""The V2 runner's hooks on a fake runner, with a real window on the CPU. No engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nwor_compile.config import NworConfig
+from nwor_compile.errors import ConfigError
+from nwor_compile.ops import stage_kv
+from nwor_compile.window import State
+
+pytestmark = pytest.mark.vllm
+
+BLOCKS, HEADS, BLOCK, SIZE = 4, 2, 16, 8
+MODEL = ("model.layers.0.attn", "model.layers.1.attn")
+DRAFTER = "model.layers.2.attn"
+
+
+class Staged:
+    """An attention implementation that can stage, or says why not."""
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
+
+    def stage_kv(self) -> None: ...
+
+    def stage_refusal(self) -> str:
+        return self.refusal
+
+
+def layer(refusal: str = "") -> Any:
+    return SimpleNamespace(
+        impl=Staged(refusal),
+        kv_cache=torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE),
+        kv_sharing_target_layer_name=None,
+    )
+
+
+class Speculator:
+    """Adds its layer when it is loaded."""
+
+    def __init__(self, context: dict[str, Any]) -> None:
+        self.context = context
+
+    def load_model(self, target_model: Any) -> None:
+        self.context[DRAFTER] = layer()
+
+
+class Runner:
+    """What of a V2 runner the hooks touch. Two requests: 1 + 2 drafts at slots 3 to 5, and a
+    prefill of 3 that goes on at slots 16 to 18."""
+
+    def __init__(self, context: dict[str, Any]) -> None:
+        self.speculator = Speculator(context)
+        self.fail = ""
+        # 7 is accepted, 9 is the correction of 8; the prefill samples nothing. What lies past the
+        # counts is garbage in V2.
+        self.sampled = torch.tensor([[7, 9, 1234], [55, 66, 77]])
+        self.num_sampled = torch.tensor([2, 0], dtype=torch.int32)
+        self.num_rejected = torch.tensor([1, 0], dtype=torch.int32)
+
+    def initialize_kv_cache(self, kv_cache_config: Any) -> None: ...
+
+    def prepare_attn(self, input_batch: Any) -> Any:
+        return ("tables",), torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
+
+    def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
+        self.prepare_attn(scheduler_output)
+        if self.fail == "forward":
+            raise RuntimeError("forward")
+
+    def sample(self, hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
+        if self.fail == "sample":
+            raise RuntimeError("sample")
+        output = SimpleNamespace(
+            sampled_token_ids=self.sampled,
+            num_sampled=self.num_sampled,
+            num_rejected=self.num_rejected,
+        )
+        return output, self.num_sampled, self.num_rejected
+
+
+def batch(drafts: int = 2) -> Any:
+    ends = [0, 1 + drafts, 2 + drafts]
+    return SimpleNamespace(
+        num_draft_tokens=drafts,
+        cu_num_logits=torch.tensor(ends, dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 3, 6, 6], dtype=torch.int32),
+        logits_indices=torch.tensor([0, 1, 2, 5] if drafts else [2, 5]),
+        input_ids=torch.tensor([5, 7, 8, 20, 21, 22, 0, 0], dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def rig() -> Iterator[Any]:
+    """Runner and hooks with an idle window over the two layers of the target."""
+    from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+
+    made = make(DeviceRunnerHooks)
+    yield made
+    made.hooks.close()
+
+
+def make(kind: Any, refusal: str = "") -> Any:
+    context = {name: layer(refusal) for name in MODEL}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=context),
+        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
+        speculative_config=SimpleNamespace(num_speculative_tokens=2),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+    runner = Runner(context)
+    hooks = kind(runner, config, NworConfig(mode="stage", strict=True))
+    runner.speculator.load_model(None)
+    groups = [SimpleNamespace(layer_names=[*MODEL, DRAFTER])]
+    runner.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups))
+    return SimpleNamespace(runner=runner, hooks=hooks, context=context)
+
+
+def write(rig: Any) -> None:
+    """The target's staged writes, rows of value token + 1."""
+    slots = torch.tensor([3, 4, 5, 16, 17, 18, -1, -1])
+    rows = torch.arange(1.0, 9)[:, None, None].expand(8, HEADS, SIZE)
+    for name in MODEL:
+        packed = rig.context[name].kv_cache.permute(0, 2, 1, 3)
+        staging = rig.hooks.window.layers[name]
+        stage_kv(
+            rows, rows, packed[..., :SIZE], packed[..., SIZE:], staging.key, staging.value,
+            staging.state, slots, staging.routing.row_map,
+        )  # fmt: skip
+
+
+def held(rig: Any) -> list[list[float]]:
+    """What each layer of the target has at slots 3, 4, 5, 16, 17, 18."""
+    return [
+        rig.context[name].kv_cache.permute(0, 2, 1, 3).flatten(0, 1)[[3, 4, 5, 16, 17, 18], 0, 0]
+        .tolist()
+        for name in MODEL
+    ]  # fmt: skip
+
+
+def test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig: Any) -> None:
+    rig.runner.execute_model(batch())
+    assert rig.hooks.window.state is State.OPEN
+    write(rig)
+    assert held(rig) == [[1, 0, 0, 4, 5, 6]] * 2
+    output, sampled, rejected = rig.runner.sample("hidden", batch(), None)
+    assert held(rig) == [[1, 2, 0, 4, 5, 6]] * 2
+    assert rig.hooks.window.state is State.IDLE
+    assert (sampled.tolist(), rejected.tolist()) == ([2, 0], [1, 0])
+    assert output.num_sampled is sampled
+    assert output.num_rejected is rejected
+    assert rig.hooks.metrics()["nwor_error_windows"] == 0
+
+
+def test_drafters_layer_is_not_in_the_window(rig: Any) -> None:
+    assert set(rig.hooks.window.layers) == set(MODEL)
+
+
+def test_a_raised_flag_leaves_each_request_its_first_token(rig: Any) -> None:
+    rig.runner.sampled = torch.tensor([[6, 9, 1], [0, 0, 0]])  # says accepted, but is no draft
+    rig.runner.execute_model(batch())
+    write(rig)
+    _, sampled, rejected = rig.runner.sample("hidden", batch(), None)
+    assert held(rig) == [[1, 0, 0, 4, 5, 6]] * 2
+    assert (sampled.tolist(), rejected.tolist()) == ([1, 0], [2, 0])
+    assert rig.hooks.metrics()["nwor_error_windows"] == 1
+
+
+def test_a_layer_that_did_not_stage_raises_the_flag(rig: Any) -> None:
+    rig.runner.execute_model(batch())
+    _, sampled, rejected = rig.runner.sample("hidden", batch(), None)
+    assert (sampled.tolist(), rejected.tolist()) == ([1, 0], [2, 0])
+
+
+def test_a_step_without_drafts_opens_no_window(rig: Any) -> None:
+    rig.runner.execute_model(batch(drafts=0))
+    assert rig.hooks.window.state is State.IDLE
+    write(rig)
+    assert held(rig) == [[1, 2, 3, 4, 5, 6]] * 2
+    _, sampled, _ = rig.runner.sample("hidden", batch(drafts=0), None)
+    assert sampled is rig.runner.num_sampled
+
+
+@pytest.mark.parametrize("where", ["forward", "sample"])
+def test_a_step_that_raises_aborts_its_window(rig: Any, where: str) -> None:
+    rig.runner.fail = where
+    if where == "forward":
+        with pytest.raises(RuntimeError, match=where):
+            rig.runner.execute_model(batch())
+    else:
+        rig.runner.execute_model(batch())
+        with pytest.raises(RuntimeError, match=where):
+            rig.runner.sample("hidden", batch(), None)
+    assert rig.hooks.window.state is State.IDLE
+
+
+def test_a_step_that_never_sampled_is_aborted_by_the_next(
+    rig: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.runner.execute_model(batch())
+    rig.runner.execute_model(batch())
+    assert "never committed" in caplog.text
+    write(rig)
+    rig.runner.sample("hidden", batch(), None)
+    assert held(rig) == [[1, 2, 0, 4, 5, 6]] * 2
+
+
+def test_a_layer_that_refuses_is_refused() -> None:
+    from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+
+    with pytest.raises(ConfigError, match="no sinks"):
+        make(DeviceRunnerHooks, refusal="no sinks")
+
+
+def test_another_runner_is_refused() -> None:
+    from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+
+    with pytest.raises(ConfigError, match="prepare_attn"):
+        DeviceRunnerHooks(SimpleNamespace(), SimpleNamespace(), NworConfig())
