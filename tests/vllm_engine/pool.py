@@ -60,14 +60,26 @@ def environment(cache: str, options: dict[str, Any]) -> dict[str, str]:
 
 def child(options: dict[str, Any], out: str, log: str, variables: dict[str, str]) -> None:
     """The engine's process: output to `log`, report to `out`."""
+    settle(log, variables)
+    from engine import run
+
+    run(options, Path(out))
+
+
+def settle(log: str, variables: dict[str, str]) -> None:
+    """Make a forked process an engine's: its output goes to `log`, `variables` are its environment.
+
+    OMP_NUM_THREADS was read when torch was imported, before the fork. Two threads that spin at each
+    other's barriers take a hundred times as long on cores that others use too.
+    """
+    import torch
+
     with open(log, "w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.clear()
     os.environ.update(variables)
-    from engine import run
-
-    run(options, Path(out))
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
 
 
 class EngineFailed(RuntimeError):

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import traceback
 from pathlib import Path
 from typing import Any
 
-from pool import environment
+from pool import environment, settle
 
 WEIGHTS = Path(__file__).parents[2] / "nwor_compile" / "demo" / "weights"
 LIMIT_SECONDS = 600
@@ -46,11 +45,7 @@ def run(options: dict[str, Any], folder: Path, cache: str) -> dict[str, Any]:
 
 
 def _child(options: dict[str, Any], out: str, log: str, variables: dict[str, str]) -> None:
-    with open(log, "w", encoding="utf-8") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(variables)
+    settle(log, variables)
     try:
         report = _generate(options)
     # Whatever refuses the engine is the finding.
