@@ -186,6 +186,27 @@ def test_a_model_that_ran_without_a_staged_write_is_refused() -> None:
         hooks.warmed_up()
 
 
+def test_each_layer_must_have_run_a_staged_write() -> None:
+    """Where a fusion swallowed the write of one of them, the others ran."""
+    from nwor_compile.vllm_adapter import ops
+
+    runner, hooks = hooked()
+    runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
+    first, second = hooks.window.layer_names
+    ops._called.add(first)
+    with pytest.raises(ConfigError, match=f"in warm-up for {second}: a fusion"):
+        hooks.warmed_up()
+    ops._called.update((first, second))
+    hooks.warmed_up()
+    assert ops.take_called() == set()
+
+
+def test_caches_made_past_the_hooks_are_refused() -> None:
+    _, hooks = hooked()
+    with pytest.raises(ConfigError, match="never initialised its caches"):
+        hooks.warmed_up()
+
+
 def opened(runner: Runner, hooks: Any) -> Any:
     runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
     return hooks.window
