@@ -21,7 +21,12 @@ class Ranks:
     def phase_split(self) -> dict[str, Any]:
         before = self.inside()
         result = self.generate()
-        return {**result, "workers": self.inside(), "workers_before": before}
+        served = [
+            [each.name, each.value if hasattr(each, "value") else each.values]
+            for each in self.llm.get_metrics()
+            if each.name.startswith("vllm:nwor_")
+        ]
+        return {**result, "workers": self.inside(), "workers_before": before, "served": served}
 
     def phase_split_direct(self) -> dict[str, Any]:
         """The rewritten graph without a window."""

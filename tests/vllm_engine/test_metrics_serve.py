@@ -1,8 +1,8 @@
 """A real `vllm serve` on CPU, a real Prometheus that scrapes it, the dashboard's queries, and the
 examples that need an engine.
 
-Three engines: the server of examples/vllm_serve.sh; two API servers over two tensor-parallel ranks;
-the LLM of examples/vllm_offline.py.
+Three engines: the server of examples/vllm_serve.sh; one behind two API servers; the LLM of
+examples/vllm_offline.py. What two tensor-parallel ranks serve is in test_vllm_ranks.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WEIGHTS = ROOT / "nwor_compile" / "demo" / "weights"
 EXAMPLES = ROOT / "examples"
 DASHBOARD = EXAMPLES / "grafana" / "nwor.json"
 PROMETHEUS_CONFIG = EXAMPLES / "prometheus.yml"
-STARTED_WITHIN = 420.0  # seconds; compiling takes most of it on two busy cores
+STARTED_WITHIN = 600.0  # seconds; compiling takes most of it on two busy cores
 
 
 def missing() -> str:
@@ -65,7 +65,6 @@ pytestmark = [
 class Run:
     """What was seen of one server, from its start to after its end."""
 
-    ranks: int
     client: str
     chunks: list[list[str]]
     scrapes: list[str]
@@ -144,27 +143,26 @@ def engine_environment(cache: str, **more: str) -> dict[str, str]:
     }
 
 
-# The same engine as the example's, as far as it goes: the ranks differ.
-TWO_OF_EACH = {
+# The same engine as the example's.
+TWO_SERVERS = {
     "--served-model-name": "tiny", "--dtype": "float32", "--max-model-len": "256",
     "--max-num-seqs": "4", "--max-num-batched-tokens": "64", "--block-size": "32",
-    "--api-server-count": "2", "--tensor-parallel-size": "2",
+    "--api-server-count": "2",
     "--additional-config": json.dumps({"nwor": {"mode": "stage"}}),
     "--speculative-config": json.dumps({
         "method": "draft_model", "model": str(WEIGHTS / "draft"), "num_speculative_tokens": 4,
-        "draft_tensor_parallel_size": 2,
     }),
 }  # fmt: skip
 
 
 def serve_command(port: int, servers: int) -> list[str]:
-    """The example, or two API servers and two ranks through vLLM's own command."""
+    """The example, or two API servers through vLLM's own command."""
     where = ["--host", "127.0.0.1", "--port", str(port)]
     if servers == 1:
         script = str(EXAMPLES / "vllm_serve.sh")
         tiny = [str(WEIGHTS / "target"), str(WEIGHTS / "draft")]
         return ["bash", script, *tiny, *where]
-    options = [word for pair in TWO_OF_EACH.items() for word in pair]
+    options = [word for pair in TWO_SERVERS.items() for word in pair]
     cli = str(Path(__file__).with_name("vllm_cli.py"))
     return [sys.executable, cli, "serve", str(WEIGHTS / "target"), *where, *options]
 
@@ -241,12 +239,10 @@ def watch(url: str, prometheus: str) -> tuple[list[list[str]], dict[str, Any]]:
     return chunks, json.loads(get(f"{url}/collective_rpc", {"method": "nwor_metrics"}))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["example", "two_api_servers_two_ranks"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["example", "two_api_servers"])
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compile_cache: str
 ) -> Run:
-    if len(os.sched_getaffinity(0)) < request.param:
-        pytest.skip("two ranks need two cores")
     folder = tmp_path_factory.mktemp("serve")
     kept = folder / "kept"
     kept.mkdir()
@@ -282,12 +278,9 @@ def run(
         queries = {text: query(prometheus, text) for text in dashboard_queries()}
         models = dashboard_models(prometheus)
     results = engine["results"]
-    assert len(results) == request.param
-    assert all(each == results[0] for each in results)
+    assert len(results) == 1
     files = sorted(kept.iterdir())
-    return Run(
-        request.param, client, chunks, scrapes, results[0], queries, models, log.read_text(), files
-    )
+    return Run(client, chunks, scrapes, results[0], queries, models, log.read_text(), files)
 
 
 def test_completions_arrive_in_pieces(run: Run) -> None:
@@ -326,7 +319,7 @@ def test_metrics_are_those_of_the_engine(run: Run) -> None:
 
 
 def test_metrics_agree_with_vllms_own(run: Run) -> None:
-    """So they are not multiplied by ranks or API servers."""
+    """So they are not multiplied by API servers."""
     assert run.value("vllm:nwor_total_staged_total") == run.value(
         "vllm:spec_decode_num_draft_tokens_total"
     )
@@ -351,9 +344,9 @@ def test_every_query_of_the_dashboard_returns_data(run: Run) -> None:
 
 def test_debug_logs_windows(run: Run) -> None:
     assert "NWOR mode=stage" in run.log
-    # By each rank, one step late: without a --shutdown-timeout vLLM kills its workers at once.
+    # One step late, and vLLM kills its workers at once unless it has a --shutdown-timeout.
     lines = len(re.findall(r"NWOR: committed \d+/[1-9]", run.log))
-    assert 0 <= run.ranks * run.engine["nwor_windows"] - lines <= run.ranks
+    assert 0 <= run.engine["nwor_windows"] - lines <= 1
 
 
 def test_the_counters_survive_the_server(run: Run) -> None:

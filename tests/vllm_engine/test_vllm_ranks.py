@@ -11,6 +11,8 @@ import os
 import pytest
 from pool import Report
 
+from nwor_compile.metrics import Metrics
+
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
@@ -48,6 +50,18 @@ def test_counters_equal_vllms_and_are_not_multiplied(stage_ranks: Report) -> Non
     vllm, nwor = result["vllm"], result["nwor"]
     assert nwor["nwor_total_staged"] == vllm["vllm:spec_decode_num_draft_tokens"]
     assert nwor["nwor_total_committed"] == vllm["vllm:spec_decode_num_accepted_tokens"]
+
+
+def test_what_is_served_is_one_ranks_counters(stage_ranks: Report) -> None:
+    """In LLM.get_metrics(), and so on /metrics: every sample is there once, and not summed."""
+    result = stage_ranks.phase("split")
+    counters = result["workers"][0]["counters"]
+    served: dict[str, list[float]] = {}
+    for name, value in result["served"]:
+        served.setdefault(name, []).append(value)
+    assert served.pop("vllm:nwor_active") == [1]
+    wanted = {f"vllm:{name}": counters[name] for name in Metrics.model_fields}
+    assert served == {k: v if isinstance(v, list) else [v] for k, v in wanted.items()}
 
 
 def test_the_scv_mode_of_the_environment_reaches_the_workers(stage_ranks: Report) -> None:
