@@ -131,11 +131,12 @@ def engine_block() -> str:
     first = next(engine for engine in result.engines if engine.machine)
     machine = first.machine
     assert machine is not None  # noqa: S101  just asked for
+    loads = [engine.machine.load_average[0] for engine in result.engines if engine.machine]
     options = result.options
     lines = [
-        f"vLLM {first.vllm} on a CPU ({machine.cpu}, {machine.cores} cores, torch "
-        f"{machine.torch}, {machine.date}), {result.target}, {options['requests']} requests a "
-        f"batch, {options['draft_tokens']} drafts; `{result.command}`, "
+        f"vLLM {first.vllm} on a CPU ({machine.cpu}, {machine.cores} cores at a load of "
+        f"{min(loads):.0f} to {max(loads):.0f}, torch {machine.torch}, {machine.date}), "
+        f"{result.target}, {options['requests']} requests a batch, {options['draft_tokens']} drafts; `{result.command}`, "
         f"`{path.relative_to(ROOT)}`. Medians over {options['repeats']} repeats that take turns; "
         "× is the ratio to `off` and its quartiles; rows and bytes are those of one repeat:",
         "",
