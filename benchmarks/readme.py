@@ -136,7 +136,8 @@ def engine_block() -> str:
     lines = [
         f"vLLM {first.vllm} on a CPU ({machine.cpu}, {machine.cores} cores at a load of "
         f"{min(loads):.0f} to {max(loads):.0f}, torch {machine.torch}, {machine.date}), "
-        f"{result.target}, {options['requests']} requests a batch, {options['draft_tokens']} drafts; `{result.command}`, "
+        f"{result.target}, {options['requests']} requests a batch, {options['draft_tokens']} "
+        f"drafts; `{result.command}`, "
         f"`{path.relative_to(ROOT)}`. Medians over {options['repeats']} repeats that take turns; "
         "× is the ratio to `off` and its quartiles; rows and bytes are those of one repeat:",
         "",
