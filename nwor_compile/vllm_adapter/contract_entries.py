@@ -10,7 +10,7 @@ from nwor_compile.vllm_adapter.contract_forms import (
     Names,
     Text,
 )
-from nwor_compile.vllm_adapter.versions import KV_CACHE_UPDATE_BYPASS
+from nwor_compile.vllm_adapter.versions import CUDA_END, KV_CACHE_UPDATE_BYPASS
 
 RUNNER = "v1/worker/gpu_model_runner.py"
 GPU_WORKER = "v1/worker/gpu_worker.py"
@@ -21,7 +21,6 @@ CPU_BACKEND = "v1/attention/backends/cpu_attn.py"
 FLASH_BACKEND = "v1/attention/backends/flash_attn.py"
 V2_RUNNER = "v1/worker/gpu/model_runner.py"
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
-CUDA_END = (0, 27)
 REGISTRY = "v1/attention/backends/registry.py"
 COMPILATION = "config/compilation.py"
 METRICS = "v1/metrics/prometheus.py"

