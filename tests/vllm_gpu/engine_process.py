@@ -5,16 +5,18 @@ answer: what was started. Then one answer a command; the end of the commands end
 
 Options: model: `tiny`, or the arguments of a LlamaConfig; nwor: settings, or null for stock vLLM;
 speculative: further arguments of speculative_config; llm: further arguments of LLM.
-Command: prompts (lists of ids), max_tokens, temperature, audit, timing.
+Command: prompts (lists of ids), max_tokens, temperature, audit, timing; profile: time by kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,8 @@ class Engine:
         ]  # fmt: skip
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in command["prompts"]]
         start = time.perf_counter()
-        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        with profiled(command.get("profile", False)) as kernels:
+            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         seconds = time.perf_counter() - start
         after = self._counters()
         result = {
@@ -122,6 +125,7 @@ class Engine:
             ],
             "drafts": after["drafts"] - before["drafts"],
             "nwor": _difference(before["nwor"], after["nwor"]),
+            **({"kernels": kernels} if kernels else {}),
         }
         return {**result, **(self.audit.end() if self.audit is not None else {})}
 
@@ -134,6 +138,24 @@ class Engine:
                 found["positions"] = list(metric.values)
         found["nwor"] = self.llm.collective_rpc("nwor_metrics")[0] if self.staged else {}
         return found
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool) -> Iterator[dict[str, list[float]]]:
+    """Fills what it yields with the launches and GPU microseconds of each kernel."""
+    found: dict[str, list[float]] = {}
+    if not wanted:
+        yield found
+        return
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield found
+        torch.cuda.synchronize()
+    for event in profiler.key_averages():
+        if event.self_device_time_total > 0:
+            found[event.key[:100]] = [event.count, round(event.self_device_time_total, 1)]
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,10 @@ def large(engines: dict[str, Process], rounds: int) -> dict[str, dict[str, Any]]
             for name in order:
                 answer = engines[name].ask(**command, timing=True)
                 results[name][f"{batch}x{context} round {number}"] = answer
+    for name, engine in engines.items():
+        results[name]["16x512 profile"] = engine.ask(
+            prompts=random_prompts(16, 512), max_tokens=64, profile=True
+        )
     return results
 
 
@@ -192,6 +196,9 @@ def shorten(results: dict[str, Any]) -> None:
     """Replace ids by their number and hash: a record needs no more."""
     for answer in results.values():
         ids = answer.pop("ids")
+        if "kernels" in answer:
+            answer["kernels_launches"] = sum(count for count, _ in answer["kernels"].values())
+            answer["kernels_us"] = round(sum(us for _, us in answer["kernels"].values()))
         answer["tokens"] = sum(map(len, ids))
         answer["ids_hash"] = hash_of(ids)
 
@@ -273,7 +280,8 @@ def main() -> None:
             engine.close()
     for engine in facts.values():
         shorten(engine.get("results", {}))
-    record = {**this_machine(), "cases": names, "engines": facts}
+    arguments = f"--engines {given.engines} --rounds {given.rounds}"
+    record = {**this_machine(arguments), "cases": names, "engines": facts}
     record["failures"] = failures(record)
     given.record.write_text(json.dumps(record, indent=1) + "\n")
     print("failures:", json.dumps(record["failures"], indent=1))
@@ -286,8 +294,8 @@ def _keep(facts: dict[str, Any], run: Any) -> None:
         facts["error"] = str(error)
 
 
-def this_machine() -> dict[str, Any]:
-    """Device, versions, date and command."""
+def this_machine(arguments: str) -> dict[str, Any]:
+    """Device, versions, date and command; `arguments` without those that are paths."""
     import importlib.metadata
 
     import torch
@@ -301,7 +309,7 @@ def this_machine() -> dict[str, Any]:
             for name in ("nwor-compile", "vllm", "torch", "triton")
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python tests/vllm_gpu/first_light.py " + " ".join(sys.argv[1:]),
+        "command": "python tests/vllm_gpu/first_light.py --record OUT.json " + arguments,
     }
 
 
