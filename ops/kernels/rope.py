@@ -1,8 +1,8 @@
 """Launchers of `rotary_embedding` and `rope_stage_kv`: one kernel, a few heads of a token each.
 
-Program (t, g) takes a group of heads of token t: groups of q first, then of k, then of v. A k group
-rotates its heads once and stores them twice, to the result and to the cache or to staging, so the
-rows that go there are read from memory once. Without a write (RoPE alone) there are no v groups.
+Program (t, g) takes a group of heads of token t: groups of q first, then of k. A k group rotates
+its heads once and stores them twice, to the result and to the cache or to staging, so the rows that
+go there are read from memory once; it moves the same heads of v as well.
 """
 
 from __future__ import annotations
@@ -87,33 +87,24 @@ def _table(table, row, valid, width, s_row, s_d):
     )
 
 
-@triton.jit
-def _count(state, row_map, s_map, writes, staging_rows, T: tl.constexpr):
-    """Add the draft rows of the step to the layer's state; flag those that have no staging row."""
-    staged = 0
-    overflow = 0
-    for first in range(0, writes, T):
-        token = first + tl.arange(0, T)
-        row = tl.load(row_map + token * s_map, mask=token < writes, other=-1)
-        staged += tl.sum(((row >= 0) & (row < staging_rows)).to(tl.int32), axis=0)
-        overflow = tl.maximum(overflow, tl.max((row >= staging_rows).to(tl.int32), axis=0))
-    tl.atomic_add(state, staged)
-    tl.atomic_or(state + 1, overflow)
-
-
-@triton.jit(do_not_specialize=["tokens", "writes", "positions_in_table"])
+@triton.jit(do_not_specialize=["writes", "positions_in_table"])
 def _rope_kernel(
     query, key, value, out_query, out_key, cos, sin, positions,
     key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
     k_scale, v_scale,
-    tokens, writes, positions_in_table, slots_in_cache, staging_rows,
+    writes, positions_in_table,
     q_token, q_head, q_d, k_token, k_head, k_d, v_token, v_head, v_d,
     oq_token, oq_head, oq_d, ok_token, ok_head, ok_d,
-    cos_row, cos_d, sin_row, sin_d, s_position,
-    kc_block, kc_offset, kc_head, kc_outer, kc_inner,
-    vc_block, vc_offset, vc_head, vc_inner,
-    sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
-    s_slot, s_map, s_k_scale, s_v_scale,
+    cos_row, cos_d, sin_row, sin_d, s_position, s_slot,
+    # Of buffers that stay: constants, so that fewer arguments have to be fetched.
+    slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
+    kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
+    kc_outer: tl.constexpr, kc_inner: tl.constexpr,
+    vc_block: tl.constexpr, vc_offset: tl.constexpr, vc_head: tl.constexpr,
+    vc_inner: tl.constexpr,
+    sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
+    sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
+    s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
     NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr, SAME_D: tl.constexpr,
     WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -121,18 +112,12 @@ def _rope_kernel(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """See the top of this file. With STAGE there is one more token's programs; the first counts."""
+    """See the top of this file."""
     if OVERLAP:  # the attention that follows waits for the end of this; NOTE [overlap] in `merge`
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
-    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-        if token == tokens:
-            if group == 0:
-                _count(state, row_map, s_map, writes, staging_rows, 1024)
-            return
     Q_GROUPS: tl.constexpr = (HQ + HEADS - 1) // HEADS
-    K_GROUPS: tl.constexpr = (HK + HEADS - 1) // HEADS
     HALF: tl.constexpr = ROTARY // 2
     # All loads that depend on nothing come first: no one waits for another.
     slot = tl.full((), -1, tl.int64)
@@ -142,21 +127,6 @@ def _rope_kernel(
         slot = tl.load(slot_mapping + token * s_slot, mask=written, other=-1).to(tl.int64)
         if STAGE:
             draft = tl.load(row_map + token * s_map, mask=written, other=-1).to(tl.int64)
-    if WRITE:  # noqa: SIM102
-        if group >= Q_GROUPS + K_GROUPS:
-            head = (group - Q_GROUPS - K_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
-            d = tl.arange(0, ROW)[None, :]
-            inside = (head < HK) & (d < D)
-            place = value + token * v_token + head.to(tl.int64) * v_head
-            row = tl.load(place + d.to(tl.int64) * v_d, mask=inside)
-            _store_kv(
-                row, value_cache, staged_value, v_scale, head, d, inside, slot, draft,
-                slots_in_cache, staging_rows,
-                vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
-                s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
-            )  # fmt: skip
-            return
-
     row = token
     angles = HALF
     if positions is not None:
@@ -186,6 +156,12 @@ def _rope_kernel(
     left = (head < heads) & (rest < D)
     if ROTARY < D:
         kept = tl.load(source + rest.to(tl.int64) * x_d, mask=left)
+    if WRITE:
+        # A group of k moves its heads of v as well.
+        d = tl.arange(0, ROW)[None, :]
+        inside_v = (head < tl.where(of_query, 0, HK)) & (d < D)
+        place = value + token * v_token + head.to(tl.int64) * v_head
+        v = tl.load(place + d.to(tl.int64) * v_d, mask=inside_v)
     known = pair < angles
     if FULL:
         c1 = _table(cos, row, known, first, cos_row, cos_d)
@@ -205,6 +181,12 @@ def _rope_kernel(
     if WRITE:
         # Groups of q have neither a slot nor a staging row.
         _store_kv(
+            v, value_cache, staged_value, v_scale, head, d, inside_v, slot, draft,
+            slots_in_cache, staging_rows,
+            vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
+            s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+        )  # fmt: skip
+        _store_kv(
             o1, key_cache, staged_key, k_scale, head, first, inside, slot, draft,
             slots_in_cache, staging_rows,
             kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
@@ -223,6 +205,15 @@ def _rope_kernel(
                 kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
                 s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
             )  # fmt: skip
+    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if group == Q_GROUPS:
+            # One program a token, so a row counts once whatever its heads. Relaxed: who reads the
+            # state comes after this kernel, and a fence here would wait for all the stores.
+            one = tl.zeros([1], tl.int32)
+            staged = one + draft
+            fits = (staged >= 0) & (staged < staging_rows)
+            tl.atomic_add(state + one, one + 1, mask=fits, sem="relaxed")
+            tl.atomic_or(state + 1 + one, one + 1, mask=staged >= staging_rows, sem="relaxed")
 
 
 def _launch(
@@ -261,7 +252,6 @@ def _launch(
     v_strides: tuple[int, ...] = (0,) * 4
     staged_strides: tuple[int, ...] = (0,) * 6
     if key_cache is not None and value_cache is not None and slot_mapping is not None:
-        groups += triton.cdiv(kv_heads, heads)
         writes = slot_mapping.shape[0]
         to_key, to_value = cache_strides(key_cache, value_cache)
         k_strides, v_strides, x = to_key[:5], (*to_value[:3], to_value.inner), to_key.x
@@ -277,14 +267,14 @@ def _launch(
     v_in = (0, 0, 0) if value is None else value.stride()
     half = rotary_dim // 2
     with on_device(query):
-        _rope_kernel[(tokens + (staging is not None), groups)](
+        _rope_kernel[(tokens, groups)](
             query, key, value, out_query, out_key, cos, sin, positions,
             *caches, state, slot_mapping, row_map, k_scale, v_scale,
-            tokens, writes, cos.shape[0], slots_in_cache, staging_rows,
+            writes, cos.shape[0],
             *query.stride(), *key.stride(), *v_in, *out_query.stride(), *out_key.stride(),
             *cos.stride(), *sin.stride(), 0 if positions is None else positions.stride(0),
-            *k_strides, *v_strides, *staged_strides,
             0 if slot_mapping is None else slot_mapping.stride(0),
+            slots_in_cache, staging_rows, *k_strides, *v_strides, *staged_strides,
             0 if row_map is None else row_map.stride(0),
             scale_stride(k_scale), scale_stride(v_scale),
             HQ=q_heads, HK=kv_heads, D=size, ROTARY=rotary_dim, NEOX=is_neox,
