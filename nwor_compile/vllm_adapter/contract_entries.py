@@ -211,6 +211,7 @@ CPU_ATTENTION: tuple[Entry, ...] = (
 
 # cuda_configure.py, cuda_worker.py, device_runner.py, cuda_backend.py; see RUN_ON_CUDA
 CUDA: tuple[Entry, ...] = (
+    Names("config/vllm.py", "VllmConfig", ("attention_config", "lora_config"), until=CUDA_END),
     Names(
         COMPILATION, "CompilationConfig",
         ("use_inductor_graph_partition", "splitting_ops", "_attention_ops"), until=CUDA_END,

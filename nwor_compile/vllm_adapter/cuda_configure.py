@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
@@ -30,9 +31,16 @@ def cuda_refusals(config: Any, version: str) -> list[str]:
     backend = getattr(config.attention_config, "backend", None)
     if backend is not None and backend.name != "FLASH_ATTN":
         found.append(f"attention backend {backend.name} cannot read staged rows; use FLASH_ATTN")
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if dtype != "bfloat16":
+        found.append(f"a {dtype} model on CUDA is not supported yet; use bfloat16")
     cache = config.cache_config.cache_dtype
-    if cache not in ("auto", "bfloat16", "float16"):
+    if cache not in ("auto", "bfloat16"):
         found.append(f"a {cache} cache on CUDA is not supported yet; use auto")
+    if config.lora_config is not None:
+        found.append("LoRA on CUDA is not supported yet; turn it off")
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        found.append("NWOR's attention is not batch-invariant; unset VLLM_BATCH_INVARIANT")
     if config.parallel_config.tensor_parallel_size > 1:
         found.append("tensor parallelism on CUDA is not supported yet; use size 1")
     if getattr(config.parallel_config, "data_parallel_size", 1) > 1:

@@ -17,12 +17,14 @@ def config(**changes: Any) -> Any:
     made = SimpleNamespace(
         attention_config=SimpleNamespace(backend=None),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(dtype="torch.bfloat16"),
+        lora_config=None,
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         speculative_config=SimpleNamespace(method="eagle"),
     )
     for name, value in changes.items():
-        section, field = name.split("__")
-        setattr(getattr(made, section), field, value)
+        section, _, field = name.rpartition("__")
+        setattr(getattr(made, section) if section else made, field, value)
     return made
 
 
@@ -40,6 +42,8 @@ def test_what_ran_is_not_refused() -> None:
         ({}, "0.32.0", "0.32.0"),
         ({"attention_config__backend": SimpleNamespace(name="FLASHINFER")}, RAN, "FLASHINFER"),
         ({"cache_config__cache_dtype": "fp8"}, RAN, "fp8"),
+        ({"model_config__dtype": "torch.float16"}, RAN, "float16"),
+        ({"lora_config": object()}, RAN, "LoRA"),
         ({"parallel_config__tensor_parallel_size": 2}, RAN, "tensor parallelism"),
         ({"parallel_config__data_parallel_size": 2}, RAN, "data parallelism"),
         ({"speculative_config__method": "ngram"}, RAN, "ngram"),
@@ -52,6 +56,24 @@ def test_what_never_ran_is_refused_by_name(
 
     (problem,) = cuda_refusals(config(**changes), version)
     assert named in problem
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    (problem,) = cuda_refusals(config(), RAN)
+    assert "VLLM_BATCH_INVARIANT" in problem
+
+
+def test_drafters_layers_are_known_on_both_runners() -> None:
+    from nwor_compile.vllm_adapter.cuda_worker import drafters_layers
+
+    v2 = SimpleNamespace(speculator=SimpleNamespace(draft_attn_layer_names={"a"}))
+    v1 = SimpleNamespace(drafter=SimpleNamespace(_draft_attn_layer_names={"b"}))
+    assert drafters_layers(v2) == {"a"}
+    assert drafters_layers(v1) == {"b"}
+    assert drafters_layers(SimpleNamespace(speculator=None)) == set()
 
 
 def test_inductor_cuts_at_the_attention_and_keeps_the_write() -> None:
