@@ -41,6 +41,7 @@ ENVIRONMENT = {
     # vLLM pins an engine to the first core, and so does the engine beside it.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",  # the n-gram drafter; numba sets OpenMP's threads as well
     # Inductor else tries every vector extension with the compiler, in each new cache folder.
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }
@@ -70,7 +71,7 @@ def settle(log: str, variables: dict[str, str]) -> None:
     """Make a forked process an engine's: its output goes to `log`, `variables` are its environment.
 
     OMP_NUM_THREADS was read when torch was imported, before the fork. Two threads that spin at each
-    other's barriers take a hundred times as long on cores that others use too.
+    other's barriers take ten times as long on cores that others use too.
     """
     import torch
 
