@@ -158,7 +158,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    command = "python -m nwor_compile.bench.kernels_rope " + " ".join(sys.argv[1:])
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = "python -m nwor_compile.bench.kernels_rope " + " ".join(words)
     seconds, replays = (0.2, 20) if given.quick else (1.0, 60)
     record = run(seconds=seconds, replays=replays, command=command.strip())
     if given.json:
