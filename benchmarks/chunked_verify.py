@@ -34,7 +34,7 @@ DRAFTS, CHUNK = 48, 8
 CONTEXT, EMITTED, PROMPTS = 128, 120, 6
 RATES = (0.5, 0.7, 0.8, 0.9, 0.95)  # chance that a draft is right, given that all before it were
 ROUNDS = 4000
-BLOCK, REPEATS = 16, 40
+BLOCK, REPEATS = 16, 100
 
 # Accepted drafts of the round that starts at a position, for at most so many drafts.
 Accept = Callable[[int, int], int]
@@ -42,8 +42,8 @@ Price = Callable[[int], float]
 
 
 class Strategy(BaseModel):
-    """Per emitted token. milliseconds: with the target's forward passes alone, as measured; with
-    the drafter's; and in units of one forward pass that costs the same for any number of rows."""
+    """Per emitted token. forwards: of the target, and so its price where rows cost nothing;
+    milliseconds: of the target's passes as measured here, and with the drafter's."""
 
     name: str
     forwards: float
@@ -51,7 +51,6 @@ class Strategy(BaseModel):
     drafted: float
     target_ms: float
     with_drafter_ms: float
-    weight_bound_passes: float
 
 
 class Record(BaseModel):
@@ -66,8 +65,8 @@ class Record(BaseModel):
     drawn: dict[float, list[Strategy]]
 
 
-def time_rows(model: Llama, rows: int) -> Spread:
-    """Milliseconds of a forward pass over `rows` tokens of one request, after CONTEXT others."""
+def call(model: Llama, rows: int) -> Callable[[], object]:
+    """A forward pass over `rows` tokens of one request, after CONTEXT others."""
     config = model.config
     length = CONTEXT + rows
     blocks = -(-length // BLOCK)
@@ -80,13 +79,19 @@ def time_rows(model: Llama, rows: int) -> Spread:
         torch.arange(blocks, dtype=torch.int32)[None], torch.tensor([length], dtype=torch.int32),
         torch.tensor([0, rows], dtype=torch.int32),
     )  # fmt: skip
-    times = []
+    return lambda: model(*arguments)
+
+
+def milliseconds(calls: Sequence[Callable[[], object]]) -> list[Spread]:
+    """Time of each call; they take turns, so that a busy machine slows all of them."""
+    times: list[list[float]] = [[] for _ in calls]
     for repeat in range(REPEATS + 3):
-        start = time.perf_counter()
-        model(*arguments)
-        if repeat >= 3:
-            times.append((time.perf_counter() - start) * 1e3)
-    return Spread.of(times)
+        for each, found in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            each()
+            if repeat >= 3:
+                found.append((time.perf_counter() - start) * 1e3)
+    return [Spread.of(found) for found in times]
 
 
 def greedy(model: Llama, ids: list[int], count: int) -> list[int]:
@@ -137,7 +142,6 @@ def play(
         drafted=drafted / emitted,
         target_ms=spent / emitted,
         with_drafter_ms=(spent + drafted * draft_ms) / emitted,
-        weight_bound_passes=forwards / emitted,
     )
 
 
@@ -152,6 +156,11 @@ def compare(runs: Sequence[tuple[Accept, int]], price: Price, draft_ms: float) -
     return [play(name, drafts, chunk, runs, price, draft_ms) for name, drafts, chunk in ways]
 
 
+def prefix_of(lengths: Sequence[int]) -> Accept:
+    """Accepted drafts, from how far an unlimited round at each position agrees."""
+    return lambda position, drafts: min(lengths[position], drafts)
+
+
 def drawn_run(rate: float) -> tuple[Accept, int]:
     """A text in which each draft is right with chance `rate`."""
     source = random.Random(0)
@@ -162,7 +171,7 @@ def drawn_run(rate: float) -> tuple[Accept, int]:
         while run < DRAFTS and source.random() < rate:
             run += 1
         lengths.append(run)
-    return (lambda position, drafts: min(lengths[position], drafts)), length
+    return prefix_of(lengths), length
 
 
 def table(title: str, strategies: Sequence[Strategy]) -> None:
@@ -185,8 +194,8 @@ def main(json: Annotated[Path | None, typer.Option(help="write the record here")
     tokenizer = Tokenizer.from_file(str(WEIGHTS / "target" / "tokenizer.json"))
     held_out = tokenizer.encode((WEIGHTS / "heldout.txt").read_text()).ids
     widths = sorted({DRAFTS + 1, CHUNK + 1, CHUNK, CHUNK // 2 + 1})
-    rows_ms = {rows: time_rows(target, rows) for rows in widths}
-    draft_ms = time_rows(draft, 1)
+    *spreads, draft_ms = milliseconds([*(call(target, rows) for rows in widths), call(draft, 1)])
+    rows_ms = dict(zip(widths, spreads, strict=True))
     runs: list[tuple[Accept, int]] = []
     first = []
     for index in range(PROMPTS):
@@ -194,7 +203,7 @@ def main(json: Annotated[Path | None, typer.Option(help="write the record here")
         text = prompt + greedy(target, prompt, EMITTED + DRAFTS)
         found = [agreement(draft, text, CONTEXT + place) for place in range(EMITTED)]
         first += [length > 0 for length in found]
-        runs.append((lambda position, drafts, f=found: min(f[position], drafts), EMITTED))
+        runs.append((prefix_of(found), EMITTED))
 
     def price(rows: int) -> float:
         return rows_ms[rows].median
