@@ -109,30 +109,19 @@ def test_torchs_caches_serve_each_its_own_graph(switched: Engine, one: str, othe
     assert (again["twins"]["staged"] > 0) == (one == "named")
 
 
-def artifacts(report: Report) -> tuple[set[str], set[str]]:
-    """What vLLM's ahead-of-time compiler saved, and what it found; a folder's name is the key."""
-    log = report["log"]
-    found = r"(?:AOT compilation from path|load failure from) ([^\s,]+)"
-    return (
-        set(re.findall(r"saved AOT compiled function to (\S+)", log)),
-        set(re.findall(found, log)),
-    )
+def artifacts(report: Report) -> set[str]:
+    """What vLLM's ahead-of-time compiler saved; a folder's name is the key."""
+    return set(re.findall(r"saved AOT compiled function to (\S+)", report["log"]))
 
 
-def test_vllms_artifacts_of_both_modes_have_different_keys(
-    off: Report, stage: Report, off_again: Report, stage_again: Report
-) -> None:
-    """The engines of `test_vllm_engine.py`, with all caches on. Each finds its own artifact."""
+def test_vllms_artifacts_of_both_modes_have_different_keys(off: Report, stage: Report) -> None:
+    """The engines of `test_vllm_engine.py`, with all caches on. That vLLM 0.32 cannot load such an
+    artifact on a CPU is no reason to trust it: elsewhere it can."""
     if not off["log"] or not stage["log"]:
         pytest.skip("reports of earlier engines, kept without their logs")
-    direct, _ = artifacts(off)
-    staged, _ = artifacts(stage)
-    assert direct
-    assert len(staged) == len(direct)
-    assert not direct & staged
-    # Found, though vLLM 0.32 cannot load it on a CPU, and compiles again.
-    assert artifacts(off_again)[1] == direct
-    assert artifacts(stage_again)[1] == staged
+    assert artifacts(off)
+    assert len(artifacts(stage)) == len(artifacts(off))
+    assert not artifacts(stage) & artifacts(off)
 
 
 def test_what_cannot_stage_runs_direct_if_it_may(switched: Engine) -> None:
