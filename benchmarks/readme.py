@@ -10,7 +10,7 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,8 +117,9 @@ def _gpu_tests() -> str:
     return "GPU tests on the same device: " + "; ".join(parts) + "."
 
 
+ENGINE_SPEED = ("step_ms", "token_ms", "tokens_per_second")
 ENGINE_COLUMNS = (
-    "NWOR-SCV", "ms per step", "ms per token", "tokens/s", "accepted", "rows written (direct)",
+    "accepted", "rows written (direct)",
     "KiB to the cache (direct)", "KiB via staging", "staging memory, KiB", "fallbacks",
     "tokens as `off`",
 )  # fmt: skip
@@ -132,6 +133,12 @@ def engine_block() -> str:
     machine = first.machine
     assert machine is not None  # noqa: S101  just asked for
     loads = [engine.machine.load_average[0] for engine in result.engines if engine.machine]
+    # A machine that does several things at once times the others.
+    speed = ENGINE_SPEED if max(loads) <= 2 * machine.cores else ()
+    columns = ["NWOR-SCV", *(METRICS[name].title for name in speed), *ENGINE_COLUMNS]
+    about_speed = "× is the ratio to `off` and its quartiles"
+    if not speed:
+        about_speed = "Times are in the record only: the machine was too busy for them to say much"
     options = result.options
     lines = [
         f"vLLM {first.vllm} on a CPU ({machine.cpu}, {machine.cores} cores at a load of "
@@ -139,15 +146,15 @@ def engine_block() -> str:
         f"{result.target}, {options['requests']} requests a batch, {options['draft_tokens']} "
         f"drafts; `{result.command}`, "
         f"`{path.relative_to(ROOT)}`. Medians over {options['repeats']} repeats that take turns; "
-        "× is the ratio to `off` and its quartiles; rows and bytes are those of one repeat:",
+        f"rows and bytes are those of one repeat. {about_speed}:",
         "",
-        f"| {' | '.join(ENGINE_COLUMNS)} |",
-        "|---" * len(ENGINE_COLUMNS) + "|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
-    return "\n".join([*lines, *(_engine_row(result, each) for each in result.summaries)])
+    return "\n".join([*lines, *(_engine_row(result, each, speed) for each in result.summaries)])
 
 
-def _engine_row(result: EngineResult, summary: Summary) -> str:
+def _engine_row(result: EngineResult, summary: Summary, speed: Sequence[str]) -> str:
     def cell(name: str) -> str:
         text = f"{summary.metrics[name].median:{METRICS[name].form}}"
         ratio = summary.ratios.get(name)
@@ -161,9 +168,8 @@ def _engine_row(result: EngineResult, summary: Summary) -> str:
 
     rows = [f"{summary.metrics[name].median:.0f}" for name in ("rows_written", "rows_direct")]
     memory = next(e.staging_memory_bytes for e in result.engines if e.label == summary.label) or 0
-    speed = [cell(name) for name in ("step_ms", "token_ms", "tokens_per_second")]
     cells = [
-        f"`{summary.label}`", *speed,
+        f"`{summary.label}`", *map(cell, speed),
         f"{summary.metrics['acceptance'].median:.1%}", f"{rows[0]} ({rows[1]})",
         f"{kib('cache_bytes')} ({kib('direct_bytes')})" if summary.counters else "-",
         kib("staging_bytes"), f"{memory / 1024:.0f}", str(summary.counters.get("fallbacks", "-")),
