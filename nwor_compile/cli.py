@@ -142,6 +142,48 @@ def bench_core(
         json.write_text(record.model_dump_json(indent=2) + "\n")
 
 
+@bench.command("kernels")
+def bench_kernels(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to a file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the ratios (.png, .svg).")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few points of each group.")] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP", help="`writes`, `scv`, `attention` or a group of its points."
+        ),
+    ] = None,
+) -> None:
+    """On a CUDA GPU: the staged path beside vLLM's kernels, if vLLM is installed, and the floor."""
+    from rich.console import Console
+
+    from nwor_compile.bench import kernels
+
+    console = Console()
+    options = [f"--json {json.name}" if json else "", f"--plot {plot.name}" if plot else ""]
+    options += ["--quick" if quick else "", f"--only '{only}'" if only else ""]
+    try:
+        record = kernels.run(
+            quick=quick,
+            only=only,
+            command=" ".join(["nwor bench kernels", *filter(None, options)]),
+            progress=lambda text: console.print(text, style="dim"),
+            save=lambda record: None if json is None else kernels.write(record, json),
+        )
+    except RuntimeError as error:
+        typer.echo(f"{error}", err=True)
+        raise typer.Exit(1) from error
+    kernels.show(record, console)
+    if plot is not None:
+        from nwor_compile.bench.kernels_plot import draw
+
+        draw(record, plot)
+
+
 @bench.command("engine", add_help_option=False, context_settings=_PASS_THROUGH)
 def bench_engine_command(ctx: typer.Context) -> None:
     """In vLLM: every NWOR x SCV mode of one model, side by side."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from nwor_compile.ops.kernels.fp8 import encode_fp8
 from nwor_compile.ops.kernels.launch import (
@@ -13,39 +14,43 @@ from nwor_compile.ops.kernels.launch import (
     cache_strides,
     element_offset,
     on_device,
+    overlaps,
     scale_stride,
 )
 
 
 @triton.jit
-def _store_row(
-    source, target, scale, s_head, s_d, c_head, c_outer, c_inner, s_scale,
-    H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One token's `[H, D]` row from `source` to `target`, encoded; both already point at it."""
-    for start in tl.static_range(0, H * D, BLOCK):
-        element = start + tl.arange(0, BLOCK)
-        head = (element // D).to(tl.int64)
-        d = element % D
-        inside = element < H * D
-        row = tl.load(source + head * s_head + d.to(tl.int64) * s_d, mask=inside)
-        if FP8 > 0:
-            wide = row.to(tl.float32)
-            if SCALED:
-                # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
-                wide = tl.div_rn(wide, tl.load(scale + head * s_scale, mask=inside, other=1.0))
-            row = encode_fp8(wide, FP8)
-        tl.store(
-            target + head * c_head + element_offset(d, c_outer, c_inner, D, X), row, mask=inside
-        )
+def _encoded(row, scale, head, inside, s_scale, FP8: tl.constexpr, SCALED: tl.constexpr):
+    """Elements of a row as the cache stores them."""
+    if FP8 > 0:
+        row = row.to(tl.float32)
+        if SCALED:
+            # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
+            row = tl.div_rn(row, tl.load(scale + head * s_scale, mask=inside, other=1.0))
+        row = encode_fp8(row, FP8)
+    return row
 
 
 @triton.jit
+def _count(state, row_map, s_map, tokens, staging_rows, T: tl.constexpr):
+    """Add the draft rows of the step to the layer's state; flag those that have no staging row."""
+    staged = 0
+    overflow = 0
+    for first in range(0, tokens, T):
+        token = first + tl.arange(0, T)
+        row = tl.load(row_map + token * s_map, mask=token < tokens, other=-1)
+        staged += tl.sum(((row >= 0) & (row < staging_rows)).to(tl.int32), axis=0)
+        overflow = tl.maximum(overflow, tl.max((row >= staging_rows).to(tl.int32), axis=0))
+    tl.atomic_add(state, staged)
+    tl.atomic_or(state + 1, overflow)
+
+
+# Counts change from step to step: specialising on them would compile again in the middle of one.
+@triton.jit(do_not_specialize=["tokens", "slots_in_cache", "staging_rows"])
 def _write_kernel(
     key, value, key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
     k_scale, v_scale,
-    slots_in_cache, staging_rows,
+    tokens, slots_in_cache, staging_rows,
     k_token, k_head, k_d, v_token, v_head, v_d,
     kc_block, kc_offset, kc_head, kc_outer, kc_inner,
     vc_block, vc_offset, vc_head, vc_inner,
@@ -53,46 +58,49 @@ def _write_kernel(
     s_slot, s_map, s_k_scale, s_v_scale,
     H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     STAGE: tl.constexpr, FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program t moves row t of K and V to the cache, or to staging, or nowhere."""
+    """Program t moves row t of K and V to the cache, or to staging, or nowhere; one more counts."""
+    if (
+        OVERLAP
+    ):  # the attention that follows waits for the end of this; see NOTE [overlap] in `merge`
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    key_row = key + token * k_token
-    value_row = value + token * v_token
-    draft = -1
+    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if token == tokens:
+            _count(state, row_map, s_map, tokens, staging_rows, 1024)
+            return
+    slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
+    draft = tl.full([], -1, tl.int64)
     if STAGE:
         draft = tl.load(row_map + token * s_map).to(tl.int64)
-    if draft < 0:
-        slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
-        if (slot >= 0) & (slot < slots_in_cache):
-            block = slot // BLOCK_SIZE
-            offset = slot % BLOCK_SIZE
-            _store_row(
-                key_row, key_cache + block * kc_block + offset * kc_offset, k_scale,
-                k_head, k_d, kc_head, kc_outer, kc_inner, s_k_scale,
-                H, D, X, FP8, K_SCALED, BLOCK,
-            )  # fmt: skip
-            _store_row(
-                value_row, value_cache + block * vc_block + offset * vc_offset, v_scale,
-                v_head, v_d, vc_head, 0, vc_inner, s_v_scale,
-                H, D, D, FP8, V_SCALED, BLOCK,
-            )  # fmt: skip
-    if STAGE:
-        if draft >= staging_rows:
-            tl.atomic_or(state + 1, 1)
-        if (draft >= 0) & (draft < staging_rows):
-            # One program a row, so a row counts once whatever its heads.
-            tl.atomic_add(state, 1)
-            _store_row(
-                key_row, staged_key + draft * sk_row, k_scale,
-                k_head, k_d, sk_head, 0, sk_d, s_k_scale,
-                H, D, D, FP8, K_SCALED, BLOCK,
-            )  # fmt: skip
-            _store_row(
-                value_row, staged_value + draft * sv_row, v_scale,
-                v_head, v_d, sv_head, 0, sv_d, s_v_scale,
-                H, D, D, FP8, V_SCALED, BLOCK,
-            )  # fmt: skip
+    to_cache = (draft < 0) & (slot >= 0) & (slot < slots_in_cache)
+    to_staging = (draft >= 0) & (draft < staging_rows)
+    block = slot // BLOCK_SIZE
+    offset = slot % BLOCK_SIZE
+    for start in tl.static_range(0, H * D, BLOCK):
+        element = start + tl.arange(0, BLOCK)
+        head = (element // D).to(tl.int64)
+        d = element % D
+        inside = element < H * D
+        # Loaded before it is known where to: neither waits for the other.
+        k = tl.load(key + token * k_token + head * k_head + d.to(tl.int64) * k_d, mask=inside)
+        v = tl.load(value + token * v_token + head * v_head + d.to(tl.int64) * v_d, mask=inside)
+        k = _encoded(k, k_scale, head, inside, s_k_scale, FP8, K_SCALED)
+        v = _encoded(v, v_scale, head, inside, s_v_scale, FP8, V_SCALED)
+        if to_cache:
+            key_row = key_cache + block * kc_block + offset * kc_offset
+            to_key = head * kc_head + element_offset(d, kc_outer, kc_inner, D, X)
+            tl.store(key_row + to_key, k, mask=inside)
+            value_row = value_cache + block * vc_block + offset * vc_offset
+            to_value = head * vc_head + element_offset(d, 0, vc_inner, D, D)
+            tl.store(value_row + to_value, v, mask=inside)
+        if STAGE:  # noqa: SIM102
+            if to_staging:
+                to_key = draft * sk_row + head * sk_head + d.to(tl.int64) * sk_d
+                tl.store(staged_key + to_key, k, mask=inside)
+                to_value = draft * sv_row + head * sv_head + d.to(tl.int64) * sv_d
+                tl.store(staged_value + to_value, v, mask=inside)
 
 
 def _launch(
@@ -124,10 +132,11 @@ def _launch(
     if fp8 == 0:
         key, value = bits(key), bits(value)
     with on_device(key):
-        _write_kernel[(tokens,)](
+        block = min(4096, triton.next_power_of_2(heads * size))
+        _write_kernel[(tokens + (staging is not None),)](
             key, value, key_bits, value_bits, staged_key, staged_value, state, slot_mapping,
             row_map, k_scale, v_scale,
-            key_cache.shape[0] * block_size, staged_key.shape[0],
+            tokens, key_cache.shape[0] * block_size, staged_key.shape[0],
             *key.stride(), *value.stride(),
             *k_strides[:5],
             *v_strides[:3], v_strides.inner,
@@ -137,7 +146,7 @@ def _launch(
             H=heads, D=size, X=k_strides.x, BLOCK_SIZE=block_size,
             STAGE=staging is not None, FP8=fp8,
             K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
-            BLOCK=min(1024, triton.next_power_of_2(heads * size)),
+            BLOCK=block, OVERLAP=overlaps(key.device.index), num_warps=max(1, min(8, block // 256)),
         )  # fmt: skip
 
 

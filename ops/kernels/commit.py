@@ -75,10 +75,10 @@ def _count(
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
-@triton.jit(do_not_specialize=["rows", "requests", "num_layers", "positions"])
+@triton.jit(do_not_specialize=["rows", "tiles", "requests", "num_layers", "positions"])
 def _commit_kernel(
     table, element, staged_key, staged_value, slots, mask, error, num_drafts, accepted, counters,
-    rows, slots_in_cache, requests, num_layers, positions,
+    rows, tiles, slots_in_cache, requests, num_layers, positions,
     s_table, s_layer, s_row, s_head, s_d,
     kc_block, kc_offset, kc_head, kc_outer, kc_inner,
     vc_block, vc_offset, vc_head, vc_inner,
@@ -87,25 +87,30 @@ def _commit_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     COUNT: tl.constexpr, COUNT_R: tl.constexpr, COUNT_K: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, l) moves the accepted rows of tile i to the caches of layer l."""
-    tile = tl.program_id(0)
-    layer = tl.program_id(1).to(tl.int64)
+    """Program l * tiles + i moves the accepted rows of tile i to the caches of layer l; with COUNT,
+    one before them counts, because that takes the longest."""
     failed = tl.load(error)
-    if COUNT:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-        if (tile == 0) & (layer == 0):
+    program = tl.program_id(0)
+    if COUNT:
+        if program == 0:
             _count(
                 counters, num_drafts, accepted, failed, requests, num_layers, positions,
                 s_counter, s_drafts, s_accepted, COUNT_R, COUNT_K,
             )  # fmt: skip
+            return
+        program -= 1
+    tile = program % tiles
+    layer = (program // tiles).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     real = row < tl.where(failed == 0, rows, 0)  # an error: no row moves
     slot = tl.load(slots + row * s_slot, mask=real, other=-1).to(tl.int64)
     wanted = tl.load(mask + row * s_mask, mask=real, other=0) != 0
     valid = wanted & (slot >= 0) & (slot < slots_in_cache)
+    # `element` only lends its type: the table holds plain addresses. Loaded before it is known that
+    # they are needed, so as not to wait.
+    key_cache = tl.load(table + layer).to(element.dtype)
+    value_cache = tl.load(table + s_table + layer).to(element.dtype)
     if tl.max(valid.to(tl.int32), axis=0) > 0:
-        # `element` only lends its type: the table holds plain addresses.
-        key_cache = tl.load(table + layer).to(element.dtype)
-        value_cache = tl.load(table + s_table + layer).to(element.dtype)
         if ALIGNED:
             key_cache = tl.multiple_of(key_cache, 16)
             value_cache = tl.multiple_of(value_cache, 16)
@@ -157,18 +162,20 @@ def commit_kv(
     staged_bits = bits(staged_key)
     # Without it the compiler must assume element-aligned addresses and moves one at a time.
     aligned = all(cache.data_ptr() % 16 == 0 for cache in (*key_caches, *value_caches))
+    count = counters is not None
+    tiles = triton.cdiv(rows, tile)
     with on_device(staged_key):
-        _commit_kernel[(max(1, triton.cdiv(rows, tile)), layers)](
+        _commit_kernel[(tiles * layers + count,)](
             cache_table, staged_bits, staged_bits, bits(staged_value), slots,
             mask.view(torch.uint8), error, num_drafts, accepted, counters,
-            rows, key_cache.shape[0] * block_size, requests, num_layers, positions,
+            rows, tiles, key_cache.shape[0] * block_size, requests, num_layers, positions,
             cache_table.stride(0), *staged_key.stride(),
             *k_strides[:5], *v_strides[:3], v_strides.inner,
             slots.stride(0), mask.stride(0), 0 if counters is None else counters.stride(0),
             num_drafts.stride(0), accepted.stride(0),
             H=heads, D=size, X=k_strides.x, BLOCK_SIZE=block_size,
             ROWS=tile, BLOCK=min(1024, triton.next_power_of_2(heads * size)), ALIGNED=aligned,
-            COUNT=counters is not None,
+            COUNT=count,
             COUNT_R=min(256, triton.next_power_of_2(max(requests, 1))),
             COUNT_K=min(16, triton.next_power_of_2(max(positions, 1))),
         )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 
 E4M3 = tl.constexpr(1)
 E5M2 = tl.constexpr(2)
+NATIVE = tl.constexpr(2)  # added to the code where the GPU decodes fp8 itself
 
 
 @triton.jit
@@ -55,6 +56,12 @@ def decode_fp8(code, FP8: tl.constexpr):
         return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
     # e5m2 is the upper byte of a float16.
     return (wide << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def native_fp8(code, FP8: tl.constexpr):
+    """fp8 bits (uint8) as the GPU's own type, for which it has exact conversions."""
+    return code.to(tl.float8e4nv if FP8 == E4M3 + NATIVE else tl.float8e5, bitcast=True)
 
 
 @triton.jit

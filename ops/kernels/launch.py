@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,18 @@ FP8_CODE = {"auto": 0, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 2}
 def bits(tensor: Tensor) -> Tensor:
     """The tensor as integers of its element size: moving them cannot change a NaN."""
     return tensor.view(_BITS[tensor.element_size()])
+
+
+@functools.cache
+def overlaps(index: int | None) -> bool:
+    """Whether device `index` can launch a kernel while the one before it runs."""
+    return not INTERPRETED and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@functools.cache
+def decodes_fp8(index: int | None) -> bool:
+    """Whether device `index` has conversions from fp8; see NOTE [integer casts] in `fp8`."""
+    return not INTERPRETED and torch.cuda.get_device_capability(index) >= (8, 9)
 
 
 class RowStrides(NamedTuple):
