@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import graphs
@@ -328,7 +328,15 @@ def test_fused_graphs_equal_eager_in_python(case: str) -> None:
     check_numerics(case, graphs.rewritten(FUSED[case][0]), torch.float32)
 
 
+@pytest.fixture
+def no_caches() -> Iterator[None]:
+    """The pass reports what it does; on a hit in Inductor's cache it does nothing."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_caches")
 @pytest.mark.parametrize("kind", ["options", "backend"])
 @pytest.mark.parametrize("case", FUSED)
 def test_compiled_fused_graphs_equal_eager(case: str, kind: str) -> None:
@@ -341,6 +349,7 @@ def test_compiled_fused_graphs_equal_eager(case: str, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_caches")
 def test_fused_bits_in_bfloat16_are_those_of_inductor_without_fusion() -> None:
     """Rounding: RoPE that Inductor compiles rounds once, and so does the fused op."""
     caches = []
