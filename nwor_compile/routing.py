@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nwor_compile.ops.counters import COUNTERS
+from nwor_compile.ops.library import Launcher
 from nwor_compile.ops.staging import Routing
 
 # Bits of the window's error flag.
@@ -114,3 +116,56 @@ def snapshot_slots(slots: Tensor, row_map: Tensor, slot_mapping: Tensor) -> None
     slots.fill_(-1)
     slots.scatter_(0, torch.where(row >= 0, row, last), slot_mapping.long())
     slots[last:].fill_(-1)
+
+
+def begin_rows(
+    num_drafts: Tensor,
+    query_start_loc: Tensor,
+    slot_mappings: list[Tensor],
+    row_map: Tensor,
+    out_drafts: Tensor,
+    tail_start: Tensor,
+    drafts_kept: Tensor,
+    error: Tensor,
+    state: Tensor,
+    counters: Tensor,
+    slots: list[Tensor],
+    *,
+    max_drafts: int,
+    capacity: int,
+    bad_counts: int,
+    overflow: int,
+) -> None:
+    """What a window does when it opens; the specification of the kernel of this name.
+
+    Args:
+        num_drafts, query_start_loc: as for `route`.
+        slot_mappings: one `[T]` a slot group; whether the step has slots is asked of the first.
+        row_map, out_drafts, tail_start: the routing that is filled.
+        drafts_kept: int32 `[max_requests]`, a copy of `out_drafts`.
+        error: int32 `[1]`, overwritten. state: int32, zeroed. counters: int64, to which the certain
+            rows are added.
+        slots: one a slot group, as for `snapshot_slots`.
+        max_drafts, capacity: as for `route`. bad_counts, overflow: bits of the error flag.
+    """
+    routing = Routing(row_map, out_drafts, tail_start)
+    first = slot_mappings[0]
+    bits = route(
+        routing,
+        num_drafts,
+        query_start_loc,
+        has_slots=(first >= 0).any(),
+        max_drafts=max_drafts,
+        capacity=capacity,
+    )
+    del bad_counts, overflow  # `route` has them
+    state.zero_()
+    error.copy_(bits)
+    drafts_kept.copy_(out_drafts)
+    for mapping, kept in zip(slot_mappings, slots, strict=True):
+        snapshot_slots(kept, row_map, mapping)
+    certain = (first >= 0) & (row_map[: first.shape[0]] < 0)
+    counters[COUNTERS["certain"]] += certain.sum()
+
+
+BEGIN = Launcher(begin_rows, "begin:begin_rows")

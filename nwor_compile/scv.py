@@ -269,9 +269,8 @@ def _replay(
     captured: _Captured, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
 ) -> Committed:
     requests, columns = sampled_ids.shape
-    captured.sampled_ids.fill_(-1)
+    # What an earlier window left behind these is never read: counts say how far each goes.
     captured.sampled_ids[:requests, :columns].copy_(sampled_ids)
-    captured.draft_ids.fill_(-1)
     captured.draft_ids[: draft_ids.shape[0]].copy_(draft_ids)
     captured.ids_given.fill_(draft_ids.shape[0])
     captured.num_sampled.zero_()

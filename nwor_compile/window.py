@@ -23,6 +23,7 @@ from nwor_compile.groups import Caches, build_batches, check_layers, check_sizes
 from nwor_compile.metrics import Metrics, read_metrics
 from nwor_compile.ops import counter_size
 from nwor_compile.ops.counters import COUNTERS
+from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import (
     LayerStaging,
@@ -34,7 +35,7 @@ from nwor_compile.ops.staging import (
     window_opened,
 )
 from nwor_compile.poison import poison_open_slots, touched_early
-from nwor_compile.routing import allocate_routing, clear, route, snapshot_slots
+from nwor_compile.routing import BAD_COUNTS, BEGIN, OVERFLOW, allocate_routing, clear
 from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
 
 log = logging.getLogger("nwor_compile")
@@ -372,29 +373,18 @@ class Window:
     def _route(
         self, num_drafts: Tensor, query_start_loc: Tensor, slots: Mapping[str, Tensor]
     ) -> None:
-        tensors = self.tensors
+        tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
-        tensors.state.zero_()
-        bits = route(
-            tensors.routing,
-            num_drafts,
-            query_start_loc,
-            has_slots=_any_slot(slots.values()),
-            max_drafts=self.max_drafts,
-            capacity=self.capacity,
-        )
-        tensors.error.copy_(bits)
-        tensors.drafts.copy_(tensors.routing.num_drafts)
-        if not tensors.staging:
-            clear(tensors.routing)
-        seen: set[str] = set()
-        for batch in tensors.batches:
-            if batch.group not in seen:
-                snapshot_slots(batch.slots, tensors.routing.row_map, slots[batch.group])
-                seen.add(batch.group)
-        first = slots[tensors.batches[0].group]
-        certain = (first >= 0) & (tensors.routing.row_map[: first.shape[0]] < 0)
-        tensors.counters[COUNTERS["certain"]] += certain.sum()
+        kept = {batch.group: batch.slots for batch in tensors.batches}
+        pick(BEGIN, tensors.error.device)(
+            num_drafts, query_start_loc, [slots[group] for group in kept], routing.row_map,
+            routing.num_drafts, routing.tail_start, tensors.drafts, tensors.error, tensors.state,
+            tensors.counters, list(kept.values()), max_drafts=self.max_drafts,
+            capacity=self.capacity, bad_counts=BAD_COUNTS, overflow=OVERFLOW,
+        )  # fmt: skip
+        if not tensors.staging:  # every row is certain, those that would be drafts too
+            tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
+            clear(routing)
         if self.config.poison != "off":
             poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
         self._log.begun(tensors, self._requests)
@@ -473,8 +463,3 @@ class Window:
         clear(self.tensors.routing)
         window_closed()
         self._state = State.IDLE
-
-
-def _any_slot(slots: Iterable[Tensor]) -> Tensor:
-    """Bool scalar: some token has a slot. In a warm-up step none has."""
-    return torch.stack([(mapping >= 0).any() for mapping in slots]).any()

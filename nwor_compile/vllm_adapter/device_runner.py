@@ -54,7 +54,7 @@ class DeviceRunnerHooks(RunnerHooks):
         if self.window is not None:
             slots = self.window.capacity + 1  # the last takes the ids that are no drafts
             device = self.window.tensors.error.device
-            self._draft_ids = torch.zeros(slots, dtype=torch.int64, device=device)
+            self._draft_ids = torch.zeros(slots, dtype=torch.int32, device=device)
 
     def warmed_up(self) -> None:
         """As on V1; and vLLM's warm-up, which has run whole steps here, is not counted."""
@@ -123,8 +123,6 @@ class DeviceRunnerHooks(RunnerHooks):
     def _drafts_of(self, window: Window, input_batch: Any) -> Tensor:
         """The step's draft ids, request after request: gathered as the rejection sampler does."""
         places = input_batch.logits_indices
-        rows = window.tensors.routing.row_map[places].long()
-        last = self._draft_ids.shape[0] - 1
-        rows = torch.where(rows >= 0, rows, last)
-        self._draft_ids.scatter_(0, rows, input_batch.input_ids[places].long())
+        rows = window.tensors.routing.row_map[places]  # -1, of a token that is no draft: the last
+        self._draft_ids[rows] = input_batch.input_ids[places]
         return self._draft_ids[: input_batch.num_draft_tokens]
