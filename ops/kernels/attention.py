@@ -1,9 +1,9 @@
 """Launchers of `paged_attention` and `verify_attention`: flash decoding over a paged cache.
 
-A program computes one chunk of the step's work (`schedule` says what that is): a tile of tokens of one
-request and one KV head, the query heads that share it packed into the rows of the tile, against a
-run of KV tiles: first those that every token sees whole in the cache, without masks; then the last
-one or two, where a row of the tail `[seq_len - num_drafts, seq_len)` is fetched through another
+A program computes one chunk of the step's work (`schedule` says what that is): a tile of tokens of
+one request and one KV head, the query heads that share it packed into the rows of the tile, against
+a run of KV tiles: first those that every token sees whole in the cache, without masks; then the
+last one or two, where a row of the tail `[seq_len - num_drafts, seq_len)` is fetched through another
 pointer, chosen before the load.
 
 NOTE [same bits]: `verify_attention` equals `paged_attention` over a cache that holds the same rows
@@ -195,7 +195,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     registers: int  # the most a thread may take; 0: no limit
-    merge_warps: int
+    merge_warps: int  # for 4096 elements of pieces
 
 
 _forced: dict[str, int] = {}
@@ -256,8 +256,7 @@ def plan(
     stages = (shared - m * (pad + n) * itemsize) // (2 * n * pad * itemsize)
     at_once = processors * (2 if warps == 4 else 1)
     shares, stages = max(1, at_once // kv_heads), max(1, min(stages, 3))
-    merge_warps = 1 if shares <= 16 else 2
-    return Plan(**Plan(m, n, shares, warps, stages, 0, merge_warps)._asdict() | _forced)
+    return Plan(**Plan(m, n, shares, warps, stages, 0, 1)._asdict() | _forced)
 
 
 def verify_attention(
@@ -314,14 +313,18 @@ def verify_attention(
     # Many units fill the device whole; and what a cut needs of memory must not grow with them.
     split = p.shares > 1 and room > p.n and programs <= 4 * p.shares
     part = part_max = part_sum = notes = out
+    padded = triton.next_power_of_2(size)
+    at_once = 1
     if split:
+        # About as many pieces as a unit has where requests are alike; more take another round.
+        at_once = triton.next_power_of_2(triton.cdiv(p.shares, programs))
+        at_once = max(2, min(at_once, 8192 // padded))
         programs = p.shares if programs <= p.shares else programs + 2 * p.shares
         lines = (programs * kv_heads, p.m)
         part = torch.empty((*lines, size), dtype=torch.float32, device=query.device)
         part_max = torch.empty(lines, dtype=torch.float32, device=query.device)
         part_sum = torch.empty(lines, dtype=torch.float32, device=query.device)
         notes = torch.empty((tokens, FIELDS.value), dtype=torch.int32, device=query.device)
-    padded = triton.next_power_of_2(size)
     wide = any(map(_is_wide, (key_cache, value_cache, staged_key, staged_value)))
     overlap = overlaps(query.device.index)
     shape = {
@@ -354,8 +357,8 @@ def verify_attention(
         if split:
             merge_kernel[(tokens * heads,)](
                 out, part, part_max, part_sum, notes, **shape,
-                MANY=max(1, min(8192 // padded, triton.next_power_of_2(p.shares))),
-                num_warps=p.merge_warps, launch_pdl=overlap,
+                AT_ONCE=at_once, launch_pdl=overlap,
+                num_warps=p.merge_warps * max(1, at_once * padded // 4096),
             )  # fmt: skip
     return out
 

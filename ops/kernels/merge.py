@@ -57,9 +57,9 @@ def _row(
 def merge_kernel(
     out, part, part_max, part_sum, notes,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    M: tl.constexpr, MANY: tl.constexpr, EXACT_BF16: tl.constexpr, OVERLAP: tl.constexpr,
+    M: tl.constexpr, AT_ONCE: tl.constexpr, EXACT_BF16: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program token * HEADS + head; MANY: pieces at once, where there are more than 8."""
+    """Program token * HEADS + head. AT_ONCE: pieces that are loaded together."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
     line = tl.program_id(0)
     head = line % HEADS
@@ -73,15 +73,8 @@ def merge_kernel(
         return
     d = tl.arange(0, D_PAD)
     place = out + line.to(tl.int64) * D + d
-    if pieces <= 8:
-        acc = _row(
-            part, part_max, part_sum, first_piece, pieces, head // GROUP, row,
-            KV_HEADS, D, D_PAD, M, 8,
-        )  # fmt: skip
-        store_out(place, acc, d < D, EXACT_BF16)
-    else:
-        acc = _row(
-            part, part_max, part_sum, first_piece, pieces, head // GROUP, row,
-            KV_HEADS, D, D_PAD, M, MANY,
-        )  # fmt: skip
-        store_out(place, acc, d < D, EXACT_BF16)
+    acc = _row(
+        part, part_max, part_sum, first_piece, pieces, head // GROUP, row,
+        KV_HEADS, D, D_PAD, M, AT_ONCE,
+    )  # fmt: skip
+    store_out(place, acc, d < D, EXACT_BF16)
