@@ -3,8 +3,8 @@
 A program computes one chunk of the step's work (`schedule` says what that is): a tile of tokens of
 one request and one KV head, the query heads that share it packed into the rows of the tile, against
 a run of KV tiles: first those that every token sees whole in the cache, without masks; then the
-last one or two, where a row of the tail `[seq_len - num_drafts, seq_len)` is fetched through another
-pointer, chosen before the load.
+last one or two, where a row of the tail `[seq_len - num_drafts, seq_len)` is fetched through
+another pointer, chosen before the load.
 
 NOTE [same bits]: `verify_attention` equals `paged_attention` over a cache that holds the same rows
 bit for bit. Both take the same plan, chunks, tiles and order, and what follows a load does not know
