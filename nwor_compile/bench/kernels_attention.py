@@ -101,8 +101,8 @@ class Batch:
         self.scale = point.size**-0.5
 
     @property
-    def fp8(self) -> tuple[str, Tensor | None, Tensor | None]:
-        """The cache dtype arguments of our ops."""
+    def fp8(self) -> tuple[Any, ...]:
+        """The cache dtype arguments of our ops: name, scale of K, scale of V."""
         name = self.point.kv_cache_dtype
         return (name, None, None) if name == "auto" else (name, self.one, self.one)
 
@@ -129,6 +129,11 @@ class Batch:
             self.error, self.num_drafts, self.num_drafts, self.counters, self.cache_table,
             self.layers,
         )  # fmt: skip
+
+    def staged_path(self) -> None:
+        """All that a step does for the layers: stage and attend, then commit."""
+        self.each(self.stage, self.verify)
+        self.commit()
 
     def each(self, *parts: Any) -> None:
         """Every part for every layer."""
@@ -235,7 +240,7 @@ def measure(point: Point, *, seconds: float, replays: int, alternatives: bool) -
     runs: dict[str, Run] = {
         "verify": lambda: batch.each(batch.verify),
         "stage": lambda: batch.each(batch.stage),
-        "staged path": lambda: (batch.each(batch.stage, batch.verify), batch.commit()),
+        "staged path": batch.staged_path,
     }
     sweep: dict[int, float] = {}
     best = error = None
