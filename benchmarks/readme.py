@@ -123,11 +123,15 @@ def _gpu_table() -> str:
         f"| batch × context | floor | {' | '.join(_ATTENTION)} | ratio of paths |",
         "|---" * (len(_ATTENTION) + 3) + "|",
     ]
+    first = record["attention"][0]["group"]
     for row in record["attention"]:
+        if row["group"] != first:
+            continue
         times = " | ".join(_median(row["runs"].get(name)) for name in _ATTENTION)
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         note = ", aliased" if row["aliased"] else ""
-        lines.append(f"| {row['case']}{note} | {row['floor_us']:.1f} | {times} | {ratio} |")
+        lines.append(f"| {row['case']}{note} | {row['floor_us']:.1f} | {times} | {_ratio(row)} |")
+    lines += ["", "The other points, by their ratio of paths:", ""]
+    lines += ["| points | lowest | highest |", "|---|---|---|", *_other_groups(record, first)]
     lines += ["", "SCV and commit over 32 layers, device time and host time of the call:", ""]
     device, host = list(record["scv"][0]["device"]), list(record["scv"][0]["host"])
     names = [*device, *(f"host: {name}" for name in host)]
@@ -136,6 +140,24 @@ def _gpu_table() -> str:
         cells = [row["device"][n] for n in device] + [row["host"][n] for n in host]
         lines.append(f"| {row['requests']} | " + " | ".join(map(_median, cells)) + " |")
     return "\n".join([*lines, "", _gpu_tests()])
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+def _other_groups(record: dict[str, Any], first: str) -> list[str]:
+    """A line a group of points: the lowest ratio and the highest, and where they are."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in record["attention"]:
+        if row["group"] != first and row["ratio"] is not None:
+            groups.setdefault(row["group"], []).append(row)
+    lines = []
+    for group, rows in groups.items():
+        rows.sort(key=lambda row: row["ratio"])
+        ends = (f"{_ratio(row)} ({row['case']})" for row in (rows[0], rows[-1]))
+        lines.append(f"| {group} ({len(rows)}) | {' | '.join(ends)} |")
+    return lines
 
 
 def _median(spread: dict[str, Any] | None) -> str:
