@@ -113,6 +113,7 @@ def train() -> None:
     }
     save_file(weights, HEAD / "model.safetensors")
     kept = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    kept.pop("_name_or_path", None)  # a path of the machine that trained it
     (HEAD / "config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
