@@ -96,7 +96,7 @@ def reshape_and_cache_reference(
     )
 
 
-def _check_stage(
+def check_stage(
     key: Tensor,
     value: Tensor,
     key_cache: Tensor,
@@ -110,6 +110,7 @@ def _check_stage(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
+    """Raise ValueError or TypeError unless `stage_kv` can take these arguments."""
     check_write(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
     check_staged(staged_key, staged_value, key.shape[1], key.shape[2])
     check_dtype("staged_key", staged_key, kv_cache_dtype, key.dtype)
@@ -197,7 +198,7 @@ _stage_kv = define(
     'Tensor row_map, str kv_cache_dtype="auto", Tensor? k_scale=None, Tensor? v_scale=None) -> ()',
     reference=stage_kv_reference,
     fake=_no_output,
-    check=_check_stage,
+    check=check_stage,
     kernel="cache_write:stage_kv",
 )
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from nwor_compile.ops.cache_write import (
-    check_staged,
-    check_write,
+    check_stage,
     reshape_and_cache_reference,
     stage_kv_reference,
 )
-from nwor_compile.ops.layout import FLOAT_DTYPES, check_dtype, check_index, check_same_device
+from nwor_compile.ops.layout import FLOAT_DTYPES, check_index, check_same_device
 from nwor_compile.ops.library import define
 
 
@@ -302,21 +301,10 @@ def _check_rope_stage(
     v_scale: Tensor | None = None,
 ) -> None:
     check_rope(query, key, cos, sin, rotary_dim, positions)
-    check_write(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale)
-    check_staged(staged_key, staged_value, key.shape[1], key.shape[2])
-    check_dtype("staged_key", staged_key, kv_cache_dtype, key.dtype)
-    check_index("row_map", row_map)
-    if row_map.shape[0] < slot_mapping.shape[0]:
-        raise ValueError(
-            f"row_map: expected at least {slot_mapping.shape[0]} entries (one a token), got "
-            f"{row_map.shape[0]}; raise max_tokens"
-        )
-    if stage_state.dtype != torch.int32 or list(stage_state.shape) != [2]:
-        raise ValueError(
-            f"stage_state: expected int32 [2] (staged rows, error), got {stage_state.dtype} "
-            f"{list(stage_state.shape)}"
-        )
-    check_same_device(key=key, staged_key=staged_key, row_map=row_map, state=stage_state)
+    check_stage(
+        key, value, key_cache, value_cache, staged_key, staged_value, stage_state, slot_mapping,
+        row_map, kv_cache_dtype, k_scale, v_scale,
+    )  # fmt: skip
 
 
 def fake_rotated(

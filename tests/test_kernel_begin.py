@@ -105,6 +105,13 @@ def test_kernel_does_what_the_specification_says(name: str) -> None:
         torch.testing.assert_close(have[what].cpu(), tensor.cpu(), check_dtype=False, msg=what)
 
 
+def test_more_requests_than_the_widest_lane() -> None:
+    case = step([1, 0] * 2050, [2, 1] * 2050)
+    want, have = expected(case, 2100, 4200, 6200), got(case, 2100, 4200, 6200)
+    for what, tensor in want.items():
+        torch.testing.assert_close(have[what].cpu(), tensor.cpu(), check_dtype=False, msg=what)
+
+
 def test_int64_counts_and_strided_inputs() -> None:
     counts, starts, mappings = CASES["spans of all lengths"]
     wide = torch.stack((counts, counts), 1).long()[:, 1]

@@ -37,11 +37,12 @@ def traced(case: str, form: str, *, dynamic: bool, dtype: torch.dtype = torch.bf
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize(
+    ("case", "form"),
+    # In v1 torch copies a rotary op's q and k back into their product; see the next test.
+    [(case, form) for case in FUSED for form in FORMS if case not in OPS or form != "v1"],
+)
 def test_every_way_to_write_rope_becomes_one_call(case: str, form: str, dynamic: bool) -> None:
-    if case in OPS and form == "v1":
-        pytest.skip("torch then copies q and k back into their product; see the next test")
     graph = traced(case, form, dynamic=dynamic)
     decision = rewrite(graph).decisions[0]
     assert (decision.fused, decision.rope, decision.reason) == (True, "", "")

@@ -138,7 +138,8 @@ def begin_rows(
         bad_counts, overflow: bits of the error flag.
     """
     requests = num_drafts.shape[0]
-    lanes = next(lanes for lanes in _LANES if lanes >= requests)
+    few = (lanes for lanes in _LANES if lanes >= requests)
+    lanes = next(few, triton.next_power_of_2(requests))
     block = max(16, min(128, _TILE // lanes))
     with on_device(row_map):
         for index, (mapping, kept) in enumerate(zip(slot_mappings, slots, strict=True)):
