@@ -18,7 +18,7 @@ from nwor_compile.ops.layout import (
 )
 from nwor_compile.ops.library import define
 
-OVERFLOW = 1  # value of stage_state[1] once a draft row had no staging row
+OVERFLOW = 1  # value of stage_state[1] once a row had no staging row
 
 
 def check_write(
@@ -146,6 +146,11 @@ def check_staged(staged_key: Tensor, staged_value: Tensor, heads: int, size: int
         )
 
 
+def staging_rows(codes: Tensor) -> Tensor:
+    """The staging row that each int64 code of a `row_map` names; -1 for none."""
+    return torch.where(codes >= 0, codes, -(codes + 2))
+
+
 def stage_kv_reference(
     key: Tensor,
     value: Tensor,
@@ -163,16 +168,17 @@ def stage_kv_reference(
     """The specification of `stage_kv`."""
     slots = slot_mapping.long()
     tokens = slots.shape[0]
-    rows = row_map[:tokens].long()
+    codes = row_map[:tokens].long()
     key_rows = encode(key[:tokens], kv_cache_dtype, k_scale)
     value_rows = encode(value[:tokens], kv_cache_dtype, v_scale)
-    draft = rows >= 0
-    fits = draft & (rows < staged_key.shape[0])
+    draft = codes >= 0
+    rows = staging_rows(codes)
+    fits = (rows >= 0) & (rows < staged_key.shape[0])
     _write_certain(key_rows, value_rows, key_cache, value_cache, slots, ~draft)
     scatter_rows(staged_key, (rows,), key_rows, fits)
     scatter_rows(staged_value, (rows,), value_rows, fits)
-    stage_state[0] += fits.sum(dtype=torch.int32)
-    stage_state[1] |= (draft & ~fits).any().to(torch.int32) * OVERFLOW
+    stage_state[0] += (draft & fits).sum(dtype=torch.int32)
+    stage_state[1] |= ((rows >= 0) & ~fits).any().to(torch.int32) * OVERFLOW
 
 
 def _no_output(*args: object, **kwargs: object) -> None:
@@ -248,15 +254,20 @@ def stage_kv(
 ) -> None:
     """Write certain rows to the cache and draft rows to the layer's staging rows, in one launch.
 
-    A draft row never touches the cache, whatever its slot. Tokens may come in any order.
+    A draft row never touches the cache, whatever its slot. A mirrored row is a certain row that is
+    copied to a staging row as well: a later reader finds it beside the drafts. Tokens may come in
+    any order.
 
     Args (beyond those of `reshape_and_cache`):
-        staged_key, staged_value: mutated; `[S, kv_heads, head_size]` in the cache's dtype.
-        stage_state: mutated; int32 `[2]`: draft rows staged since it was last zeroed, and an
-            error that is set (sticky) when a draft row has no staging row (row_map >= S). Such a
-            row goes nowhere; the window must then accept nothing.
-        row_map: `[>= T]` int32 or int64: -1 for a certain row, else the staging row. Staging rows
-            of one call must differ.
+        staged_key, staged_value: mutated; `[S, kv_heads, head_size]` in the cache's dtype, any
+            strides. They may be views of blocks of the caches that no slot of the call is in.
+        stage_state: mutated; int32 `[2]`: draft rows staged since it was last zeroed (mirrored
+            rows are not counted), and an error that is set (sticky) when a row is to go to a
+            staging row >= S. A draft row then goes nowhere, a mirrored one to the cache alone, and
+            the window must accept nothing.
+        row_map: `[>= T]` int32 or int64: -1 for a certain row; r >= 0 for a draft row that goes to
+            staging row r; -(r + 2) for a mirrored row, written to its slot (none: nowhere) and to
+            staging row r. Staging rows of one call must differ.
     """
     _stage_kv(
         key,

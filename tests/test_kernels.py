@@ -121,6 +121,14 @@ FORMATS = [
 ]
 
 
+# Slots and row map of 13 tokens: drafts out of order, the seventh too far; mirrored rows from the
+# ninth on, to rows 5, 7 (too far), 6 (without a slot) and 2^31 - 3.
+MIXED_ROWS = (
+    torch.tensor([3, 4, 5, 6, -1, 12, 13, 14, 7, 8, -1, 9, 2**31 - 1], dtype=torch.int32),
+    torch.tensor([-1, 4, 0, -1, -1, 2, 7, 1, -7, -9, -8, -(2**31) + 1, -1, 3, 3]),
+)
+
+
 def qkv_views(tokens: int, heads: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """K and V as a fused projection leaves them: strided views of one tensor."""
     fused = randn(tokens, 3 * heads * size, dtype=dtype)
@@ -152,24 +160,56 @@ def test_stage_kv_equals_the_reference(
     form: str, dtype: torch.dtype, name: str, scale: str
 ) -> None:
     heads, size, blocks, block_size = 3, 24, 5, 4
-    key, value = qkv_views(9, heads, size, dtype)
-    slots = torch.tensor([3, 4, 5, 6, -1, 12, 13, 14], dtype=torch.int32)
-    row_map = torch.tensor([-1, 4, 0, -1, -1, 2, 5, 1, 3, 3])  # out of order; row 5 is too far
+    key, value = qkv_views(14, heads, size, dtype)
     stored = layout.cache_dtype(name, dtype)
 
     def run() -> tuple[Tensor, ...]:
         cache = empty_cache(form, blocks, block_size, heads, size, stored)
-        staged_key, staged_value = (r[0] for r in empty_cache("NHD", 1, 5, heads, size, stored))
+        staged_key, staged_value = (r[0] for r in empty_cache("NHD", 1, 7, heads, size, stored))
         state = torch.tensor([10, 0], dtype=torch.int32)
         ops.stage_kv(
-            key, value, *cache, staged_key, staged_value, state, slots, row_map, name,
+            key, value, *cache, staged_key, staged_value, state, *MIXED_ROWS, name,
             scale_of(scale, heads), scale_of(scale, heads),
         )  # fmt: skip
         return (*cache, staged_key, staged_value, state)
 
     expected, got = both(run)
     assert_same_bits(expected, got)
-    assert got[-1].tolist() == [14, 1]  # a row counts once, whatever its heads
+    assert got[-1].tolist() == [14, 1]  # a draft row counts once, whatever its heads
+
+
+@pytest.mark.parametrize(("dtype", "name", "scale"), FORMATS)
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_stage_kv_into_blocks_of_the_cache_itself(
+    packed: bool, heads: int, dtype: torch.dtype, name: str, scale: str
+) -> None:
+    """Staging rows are the last blocks of an NHD cache, which no slot is in."""
+    size, blocks, block_size = 24, 5, 4
+    key, value = qkv_views(14, heads, size, dtype)
+    stored = layout.cache_dtype(name, dtype)
+
+    def run() -> tuple[Tensor, Tensor]:
+        if packed:
+            whole, _ = empty_cache("NHD", blocks + 2, block_size, heads, 2 * size, stored)
+            cache = whole[..., :size], whole[..., size:]
+        else:
+            cache = empty_cache("NHD", blocks + 2, block_size, heads, size, stored)
+        staged = [
+            rows.as_strided((7, heads, size), rows.stride()[1:], rows[blocks].storage_offset())
+            for rows in cache
+        ]
+        state = torch.tensor([10, 0], dtype=torch.int32)
+        ops.stage_kv(
+            key, value, *(rows[:blocks] for rows in cache), *staged, state, *MIXED_ROWS, name,
+            scale_of(scale, heads), scale_of(scale, heads),
+        )  # fmt: skip
+        assert state.tolist() == [14, 1]
+        return cache
+
+    expected, got = both(run)
+    assert_same_bits(expected, got)
+    assert same_bits(got[0][1, 3], got[0][blocks + 1, 1])  # slot 7, mirrored to row 5
 
 
 def test_fp8_kept_as_uint8_is_written_alike() -> None:

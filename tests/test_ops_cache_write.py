@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -11,6 +12,7 @@ from cases import (
     FORMATS,
     LAYOUTS,
     SCALES,
+    Batch,
     Geometry,
     Span,
     bits,
@@ -164,6 +166,100 @@ def test_a_draft_row_without_a_slot_is_staged() -> None:
     ops.stage_kv(**stage_arguments(layer, batch))
     assert layer.cache.holds(before)
     assert torch.equal(layer.staged_key[:3], layer.key[1:])
+
+
+def mirrored(batch: Batch, tokens: dict[int, int]) -> Batch:
+    """The batch with some certain tokens mirrored: token to staging row."""
+    row_map = batch.row_map.clone()
+    for token, row in tokens.items():
+        row_map[token] = -(row + 2)
+    return replace(batch, row_map=row_map)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mirrored_rows_go_to_the_cache_and_to_staging_and_are_not_counted(
+    layout: str, form: tuple[torch.dtype, str, bool]
+) -> None:
+    scale = "none" if form[1] == "auto" else "head"
+    plain = make_batch(SPANS, geometry_of(form, layout=layout, scale=scale), padding=2)
+    batch = mirrored(plain, {0: 9, 6: 11, 7: 8})
+    layer = make_step(batch, spare_rows=4).layers[0]
+    cache, staging = layer.cache.rows(), oracle.Rows()
+    slots = batch.slot_mapping.tolist()
+    # Certain rows are written as if they were not mirrored; mirrored ones are staged like drafts.
+    oracle.stage(
+        cache, staging, 12, layer.key, layer.value, slots, plain.row_map.tolist(), *layer.format
+    )
+    drafts = len(staging)
+    for token, row in ((0, 9), (6, 11), (7, 8)):
+        assert slots[token] in cache
+        staging[row] = cache[slots[token]]
+    ops.stage_kv(**stage_arguments(layer, batch))
+    assert layer.state.tolist() == [drafts, 0]
+    assert layer.cache.holds(cache)
+    for row in range(12):
+        if row in staging:
+            assert torch.equal(bits(layer.staged_key[row]), bits(staging[row][0]))
+            assert torch.equal(bits(layer.staged_value[row]), bits(staging[row][1]))
+        else:
+            assert (bits(layer.staged_key[row]) == bits(layer.staged_key[10])).all()
+
+
+def test_a_mirrored_row_without_a_slot_is_staged_all_the_same() -> None:
+    batch = mirrored(make_batch([Span(4, 1, 3)], without_slot=1.0), {0: 4})
+    layer = make_step(batch).layers[0]
+    before = layer.cache.rows()
+    ops.stage_kv(**stage_arguments(layer, batch))
+    assert layer.cache.holds(before)
+    assert torch.equal(layer.staged_key[[4, 0, 1, 2]], layer.key)
+    assert torch.equal(layer.staged_value[[4, 0, 1, 2]], layer.value)
+    assert layer.state.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("code", [-(5 + 2), -(2**31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_mirrored_row_past_the_last_one_is_written_and_raises_the_flag(
+    dtype: torch.dtype, code: int
+) -> None:
+    batch = make_batch([Span(4, 1, 3)], index_dtype=dtype)
+    layer = make_step(batch).layers[0]
+    row_map = batch.row_map.clone()
+    row_map[0] = code
+    before = layer.cache.rows()
+    ops.stage_kv(**{**stage_arguments(layer, batch), "row_map": row_map})
+    assert layer.state.tolist() == [3, 1]
+    assert layer.cache.holds({**before, batch.slot(0, 4): (layer.key[0], layer.value[0])})
+    assert layer.staged_key[3:].isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["nhd", "packed"])
+def test_staging_rows_may_be_blocks_of_the_cache_itself(layout: str) -> None:
+    """Two blocks that no slot is in; K and V of a packed cache lie in one row."""
+    batch = mirrored(
+        make_batch([Span(2, 1, 3), Span(5, 2)], Geometry(layout=layout, spare_blocks=8)),
+        {0: 6, 4: 3},
+    )
+    layer = make_step(batch).layers[0]
+    taken = {int(slot) // 4 for slot in batch.slot_mapping}
+    free = [block for block in range(batch.blocks - 1) if not taken & {block, block + 1}][-1]
+    staged = [
+        rows.as_strided((8, 2, 8), rows.stride()[1:], rows[free].storage_offset())
+        for rows in (layer.cache.key, layer.cache.value)
+    ]
+    expected = layer.cache.rows()
+    for token, (slot, code) in enumerate(
+        zip(batch.slot_mapping.tolist(), batch.row_map.tolist(), strict=True)
+    ):
+        row = layer.key[token], layer.value[token]
+        if code < 0:
+            expected[slot] = row
+        if code != -1:
+            expected[4 * free + (code if code >= 0 else -code - 2)] = row
+    arguments = stage_arguments(layer, batch)
+    ops.stage_kv(**{**arguments, "staged_key": staged[0], "staged_value": staged[1]})
+    assert layer.cache.holds(expected)
+    assert layer.state.tolist() == [3, 0]
 
 
 def test_without_drafts_staging_is_the_direct_write() -> None:

@@ -59,6 +59,10 @@ class Case:
         g = geometry
         self.step = make_step(make_batch(SPANS, g, padding=2, without_slot=0.2), seed=seed)
         self.layer, self.batch = self.step.layers[0], self.step.batch
+        row_map = self.batch.row_map.clone()
+        # Two of the certain rows are mirrored, to the staging rows after the 5 of the drafts.
+        row_map[0], row_map[9] = -(5 + 2), -(6 + 2)
+        self.batch = replace(self.batch, row_map=row_map)
         generator = torch.Generator().manual_seed(seed)
         tokens = self.batch.slot_mapping.shape[0]
         sizes = [n * g.head_size for n in (g.heads, g.kv_heads, g.kv_heads)]

@@ -20,6 +20,12 @@ from nwor_compile.ops.kernels.launch import (
 
 
 @triton.jit
+def staging_row(code):
+    """The staging row that a code of a row map names; -1 for none."""
+    return tl.where(code >= 0, code, -2 - code)
+
+
+@triton.jit
 def _encoded(row, scale, head, inside, s_scale, FP8: tl.constexpr, SCALED: tl.constexpr):
     """Elements of a row as the cache stores them."""
     if FP8 > 0:
@@ -31,26 +37,12 @@ def _encoded(row, scale, head, inside, s_scale, FP8: tl.constexpr, SCALED: tl.co
     return row
 
 
-@triton.jit
-def _count(state, row_map, s_map, tokens, staging_rows, T: tl.constexpr):
-    """Add the draft rows of the step to the layer's state; flag those that have no staging row."""
-    staged = 0
-    overflow = 0
-    for first in range(0, tokens, T):
-        token = first + tl.arange(0, T)
-        row = tl.load(row_map + token * s_map, mask=token < tokens, other=-1)
-        staged += tl.sum(((row >= 0) & (row < staging_rows)).to(tl.int32), axis=0)
-        overflow = tl.maximum(overflow, tl.max((row >= staging_rows).to(tl.int32), axis=0))
-    tl.atomic_add(state, staged)
-    tl.atomic_or(state + 1, overflow)
-
-
 # Counts change from step to step: specialising on them would compile again in the middle of one.
-@triton.jit(do_not_specialize=["tokens", "slots_in_cache", "staging_rows"])
+@triton.jit(do_not_specialize=["slots_in_cache", "staging_rows"])
 def _write_kernel(
     key, value, key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
     k_scale, v_scale,
-    tokens, slots_in_cache, staging_rows,
+    slots_in_cache, staging_rows,
     k_token, k_head, k_d, v_token, v_head, v_d,
     kc_block, kc_offset, kc_head, kc_outer, kc_inner,
     vc_block, vc_offset, vc_head, vc_inner,
@@ -60,22 +52,19 @@ def _write_kernel(
     STAGE: tl.constexpr, FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program t moves row t of K and V to the cache, or to staging, or nowhere; one more counts."""
+    """Program t moves row t of K and V to the cache, to staging, to both or nowhere."""
     if (
         OVERLAP
     ):  # the attention that follows waits for the end of this; see NOTE [overlap] in `merge`
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-        if token == tokens:
-            _count(state, row_map, s_map, tokens, staging_rows, 1024)
-            return
     slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
-    draft = tl.full([], -1, tl.int64)
+    code = tl.full([], -1, tl.int64)
     if STAGE:
-        draft = tl.load(row_map + token * s_map).to(tl.int64)
-    to_cache = (draft < 0) & (slot >= 0) & (slot < slots_in_cache)
-    to_staging = (draft >= 0) & (draft < staging_rows)
+        code = tl.load(row_map + token * s_map).to(tl.int64)
+    row = staging_row(code)
+    to_cache = (code < 0) & (slot >= 0) & (slot < slots_in_cache)
+    to_staging = (row >= 0) & (row < staging_rows)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     for start in tl.static_range(0, H * D, BLOCK):
@@ -95,12 +84,21 @@ def _write_kernel(
             value_row = value_cache + block * vc_block + offset * vc_offset
             to_value = head * vc_head + element_offset(d, 0, vc_inner, D, D)
             tl.store(value_row + to_value, v, mask=inside)
-        if STAGE:  # noqa: SIM102
+        if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
             if to_staging:
-                to_key = draft * sk_row + head * sk_head + d.to(tl.int64) * sk_d
+                to_key = row * sk_row + head * sk_head + d.to(tl.int64) * sk_d
                 tl.store(staged_key + to_key, k, mask=inside)
-                to_value = draft * sv_row + head * sv_head + d.to(tl.int64) * sv_d
+                to_value = row * sv_row + head * sv_head + d.to(tl.int64) * sv_d
                 tl.store(staged_value + to_value, v, mask=inside)
+    if STAGE:
+        # Relaxed: who reads the state comes after this kernel, and a fence here would wait for
+        # all the stores.
+        one = tl.zeros([1], tl.int32)
+        draft = one + code
+        staged = (draft >= 0) & (draft < staging_rows)
+        lost = one + row >= staging_rows
+        tl.atomic_add(state + one, one + 1, mask=staged, sem="relaxed")
+        tl.atomic_or(state + 1 + one, one + 1, mask=lost, sem="relaxed")
 
 
 def _launch(
@@ -133,10 +131,10 @@ def _launch(
         key, value = bits(key), bits(value)
     with on_device(key):
         block = min(4096, triton.next_power_of_2(heads * size))
-        _write_kernel[(tokens + (staging is not None),)](
+        _write_kernel[(tokens,)](
             key, value, key_bits, value_bits, staged_key, staged_value, state, slot_mapping,
             row_map, k_scale, v_scale,
-            tokens, key_cache.shape[0] * block_size, staged_key.shape[0],
+            key_cache.shape[0] * block_size, staged_key.shape[0],
             *key.stride(), *value.stride(),
             *k_strides[:5],
             *v_strides[:3], v_strides.inner,

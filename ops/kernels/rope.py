@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from nwor_compile.ops.kernels.cache_write import staging_row
 from nwor_compile.ops.kernels.fp8 import encode_fp8, round_bf16
 from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
@@ -59,22 +60,23 @@ def _store(
 
 @triton.jit
 def _store_kv(
-    row, cache, staged, scale, head, d, inside, slot, draft, slots_in_cache, staging_rows,
+    row, cache, staged, scale, head, d, inside, slot, code, slots_in_cache, staging_rows,
     c_block, c_offset, c_head, c_outer, c_inner, s_row, s_head, s_d, s_scale,
     D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     STAGE: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Elements of a token's row to its slot, its staging row, or nowhere."""
-    if (draft < 0) & (slot >= 0) & (slot < slots_in_cache):
+    """Elements of a token's row to its slot, its staging row, both or nowhere."""
+    if (code < 0) & (slot >= 0) & (slot < slots_in_cache):
         place = cache + (slot // BLOCK_SIZE) * c_block + (slot % BLOCK_SIZE) * c_offset
         _store(
             row, place, scale, head, d, inside, c_head, c_outer, c_inner, s_scale,
             D, X, FP8, SCALED,
         )  # fmt: skip
-    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-        if (draft >= 0) & (draft < staging_rows):
+    if STAGE:
+        copy = staging_row(code)
+        if (copy >= 0) & (copy < staging_rows):
             _store(
-                row, staged + draft * s_row, scale, head, d, inside, s_head, 0, s_d, s_scale,
+                row, staged + copy * s_row, scale, head, d, inside, s_head, 0, s_d, s_scale,
                 D, D, FP8, SCALED,
             )  # fmt: skip
 
@@ -121,12 +123,12 @@ def _rope_kernel(
     HALF: tl.constexpr = ROTARY // 2
     # All loads that depend on nothing come first: no one waits for another.
     slot = tl.full((), -1, tl.int64)
-    draft = tl.full((), -1, tl.int64)
+    code = tl.full((), -1, tl.int64)
     if WRITE:
         written = (group >= Q_GROUPS) & (token < writes)
         slot = tl.load(slot_mapping + token * s_slot, mask=written, other=-1).to(tl.int64)
         if STAGE:
-            draft = tl.load(row_map + token * s_map, mask=written, other=-1).to(tl.int64)
+            code = tl.load(row_map + token * s_map, mask=written, other=-1).to(tl.int64)
     row = token
     angles = HALF
     if positions is not None:
@@ -181,26 +183,26 @@ def _rope_kernel(
     if WRITE:
         # Groups of q have neither a slot nor a staging row.
         _store_kv(
-            v, value_cache, staged_value, v_scale, head, d, inside_v, slot, draft,
+            v, value_cache, staged_value, v_scale, head, d, inside_v, slot, code,
             slots_in_cache, staging_rows,
             vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
             s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
         )  # fmt: skip
         _store_kv(
-            o1, key_cache, staged_key, k_scale, head, first, inside, slot, draft,
+            o1, key_cache, staged_key, k_scale, head, first, inside, slot, code,
             slots_in_cache, staging_rows,
             kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
             s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
         )  # fmt: skip
         _store_kv(
-            o2, key_cache, staged_key, k_scale, head, second, inside, slot, draft,
+            o2, key_cache, staged_key, k_scale, head, second, inside, slot, code,
             slots_in_cache, staging_rows,
             kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
             s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
         )  # fmt: skip
         if ROTARY < D:
             _store_kv(
-                kept, key_cache, staged_key, k_scale, head, rest, left, slot, draft,
+                kept, key_cache, staged_key, k_scale, head, rest, left, slot, code,
                 slots_in_cache, staging_rows,
                 kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
                 s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
@@ -210,10 +212,11 @@ def _rope_kernel(
             # One program a token, so a row counts once whatever its heads. Relaxed: who reads the
             # state comes after this kernel, and a fence here would wait for all the stores.
             one = tl.zeros([1], tl.int32)
-            staged = one + draft
-            fits = (staged >= 0) & (staged < staging_rows)
-            tl.atomic_add(state + one, one + 1, mask=fits, sem="relaxed")
-            tl.atomic_or(state + 1 + one, one + 1, mask=staged >= staging_rows, sem="relaxed")
+            draft = one + code
+            staged = (draft >= 0) & (draft < staging_rows)
+            tl.atomic_add(state + one, one + 1, mask=staged, sem="relaxed")
+            lost = one + staging_row(code) >= staging_rows
+            tl.atomic_or(state + 1 + one, one + 1, mask=lost, sem="relaxed")
 
 
 def _launch(

@@ -61,8 +61,9 @@ class Case:
         order = torch.randperm(self.blocks * BLOCK, generator=rng, device="cuda")
         self.slots = order[:tokens]
         self.slots[::7] = -1
-        self.row_map = torch.randperm(tokens, generator=rng, device="cuda").to(torch.int32)
-        self.row_map[torch.rand(tokens, generator=rng, device="cuda") < 0.4] = -1
+        rows = torch.randperm(tokens, generator=rng, device="cuda").to(torch.int32)
+        kind = torch.rand(tokens, generator=rng, device="cuda")  # draft, mirrored or certain
+        self.row_map = torch.where(kind < 0.8, torch.where(kind < 0.6, rows, -(rows + 2)), -1)
         self.capacity = max(1, tokens - 3)
         self.name, self.form, self.stored = name, form, layout.cache_dtype(name, dtype)
         number = self.kv_heads if scales < 0 else scales
