@@ -3,9 +3,11 @@
 A process of its own, since vLLM keeps global state; several may live at once and take turns. First
 answer: what was started. Then one answer a command; the end of the commands ends the process.
 
-Options: model: `tiny`, or the arguments of a LlamaConfig; nwor: settings, or null for stock vLLM;
-speculative: further arguments of speculative_config; llm: further arguments of LLM.
-Command: prompts (lists of ids), max_tokens, temperature, audit, timing; profile: time by kernel.
+Options: model: `tiny`, or the arguments of a LlamaConfig, or the folders `{"target": PATH,
+"drafter": PATH or null}`; nwor: settings, or null for stock vLLM; speculative: further arguments of
+speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache.
+Command: prompts (lists of ids), max_tokens, temperature, audit, timing; profile: time by kernel;
+seed: of what is drawn for requests without one; logprobs: report those of the tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matrix_weights
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_USE_FLASHINFER_SAMPLER="0",
@@ -31,17 +35,21 @@ TESTS = Path(__file__).resolve().parents[1]
 TINY = TESTS.parent / "nwor_compile" / "demo" / "weights"
 TINY_HEAD = TESTS / "vllm_engine" / "eagle"
 DRAFTS = 4
+COUNTED = {
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:prefix_cache_hits": "prefix_hits",
+    "vllm:num_preemptions": "preemptions",
+}
 
 
 def models(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Arguments of LLM that name the model and its drafter."""
     speculation = {"num_speculative_tokens": DRAFTS, "method": "eagle", **options["speculative"]}
     if options["model"] == "tiny":
-        drafter = TINY_HEAD if speculation["method"] == "eagle" else TINY / "draft"
-        return {
-            "model": str(TINY / "target"),
-            "speculative_config": {"model": str(drafter), **speculation},
-        }
+        drafters = {"eagle": TINY_HEAD, "draft_model": TINY / "draft"}
+        return _named(TINY / "target", drafters.get(speculation["method"]), speculation)
+    if "target" in options["model"]:
+        return _named(options["model"]["target"], options["model"]["drafter"], speculation)
     from transformers import LlamaConfig
 
     dims = dict(options["model"])
@@ -54,6 +62,11 @@ def models(options: dict[str, Any], folder: Path) -> dict[str, Any]:
         "load_format": "dummy",
         "speculative_config": {"model": str(folder / "head"), **speculation},
     }
+
+
+def _named(target: Path | str, drafter: Path | str | None, speculation: Any) -> dict[str, Any]:
+    named = {} if drafter is None else {"model": str(drafter)}
+    return {"model": str(target), "speculative_config": {**named, **speculation}}
 
 
 class Engine:
@@ -76,10 +89,15 @@ class Engine:
         }
         if options["nwor"] is not None:
             arguments["additional_config"] = {"nwor": options["nwor"]}
+        if arguments.get("load_format") == matrix_weights.FORMAT:
+            matrix_weights.register()
+        if options.get("kv_scales"):
+            matrix_weights.scale_caches(*options["kv_scales"])
+        self.drafts = arguments["speculative_config"]["num_speculative_tokens"]
         self.llm = LLM(**arguments)
         self.staged = (options["nwor"] or {}).get("mode") == "stage"
         self.seconds = time.perf_counter() - start
-        self.audit = self.llm.collective_rpc(_watch)[0] if _is_v2(self.llm) else None
+        self.audit = self.llm.collective_rpc(_watch, args=(_blocks(self.llm),))[0]
 
     def facts(self) -> dict[str, Any]:
         """What was started."""
@@ -93,21 +111,23 @@ class Engine:
             "cudagraph_mode": str(compilation.cudagraph_mode),
             "async_scheduling": config.scheduler_config.async_scheduling,
             "inductor_partition": compilation.use_inductor_graph_partition,
-            "blocks": config.cache_config.num_gpu_blocks,
+            "blocks": _blocks(self.llm),
+            **self.llm.collective_rpc(_cache_facts)[0],
         }
 
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
         """Generate, and what it took."""
+        import torch
         from vllm import SamplingParams, TokensPrompt
 
         before = self._counters()
-        if self.audit is not None:
-            self.audit.begin(audit=command.get("audit", False), timing=command.get("timing", False))
+        self.audit.begin(audit=command.get("audit", False), timing=command.get("timing", False))
+        torch.manual_seed(command.get("seed", 0))
         temperature = command.get("temperature", 0.0)
         parameters = [
             SamplingParams(
                 temperature=temperature, max_tokens=command["max_tokens"], ignore_eos=True,
-                seed=index, detokenize=False,
+                seed=index, detokenize=False, logprobs=0 if command.get("logprobs") else None,
             )
             for index in range(len(command["prompts"]))
         ]  # fmt: skip
@@ -123,17 +143,19 @@ class Engine:
             "accepted_per_position": [
                 b - a for a, b in zip(before["positions"], after["positions"], strict=True)
             ],
-            "drafts": after["drafts"] - before["drafts"],
+            **{name: after[name] - before[name] for name in COUNTED.values()},
             "nwor": _difference(before["nwor"], after["nwor"]),
             **({"kernels": kernels} if kernels else {}),
+            **({"logprobs": _logprobs(outputs)} if command.get("logprobs") else {}),
         }
-        return {**result, **(self.audit.end() if self.audit is not None else {})}
+        return {**result, **self.audit.end()}
 
     def _counters(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"positions": [0] * DRAFTS, "drafts": 0}
+        found: dict[str, Any] = {"positions": [0] * self.drafts}
+        found |= dict.fromkeys(COUNTED.values(), 0)
         for metric in self.llm.get_metrics():
-            if metric.name == "vllm:spec_decode_num_drafts":
-                found["drafts"] = metric.value
+            if metric.name in COUNTED:
+                found[COUNTED[metric.name]] = metric.value
             if metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
                 found["positions"] = list(metric.values)
         found["nwor"] = self.llm.collective_rpc("nwor_metrics")[0] if self.staged else {}
@@ -165,14 +187,50 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _is_v2(llm: Any) -> bool:
-    return bool(llm.llm_engine.vllm_config.use_v2_model_runner)
+def _logprobs(outputs: Any) -> list[list[float]]:
+    """The log probability of each token, request after request."""
+    chosen = [output.outputs[0] for output in outputs]
+    return [
+        [at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)]
+        for c in chosen
+    ]
 
 
-def _watch(worker: Any) -> Any:
+def _blocks(llm: Any) -> int:
+    """The cache blocks that the scheduler hands out."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:  # another process: what it reported
+        return int(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
+    return int(core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks)
+
+
+def _watch(worker: Any, blocks: int) -> Any:
     from step_audit import StepAudit
 
-    return StepAudit(worker)
+    return StepAudit(worker, blocks)
+
+
+def _cache_facts(worker: Any) -> dict[str, Any]:
+    """The target's cache: groups, windows, and shape, strides and type of the first layer's."""
+    from step_audit import audited_layers
+
+    layers = audited_layers(worker.model_runner)
+    context = worker.vllm_config.compilation_config.static_forward_context
+    first = context[layers[0].name].kv_cache
+    return {
+        "layers": len(layers),
+        "groups": len({layer.group for layer in layers}),
+        "windows": sorted({_window(context[layer.name].impl) for layer in layers}),
+        "block_size": layers[0].block_size,
+        "cache": {
+            "shape": list(first.shape), "stride": list(first.stride()), "dtype": str(first.dtype),
+        },
+    }  # fmt: skip
+
+
+def _window(impl: Any) -> int:
+    """Of an attention layer, in tokens; 0: it sees all."""
+    return int((getattr(impl, "sliding_window", None) or (-1, -1))[0]) + 1
 
 
 def _runner_name(worker: Any) -> str:

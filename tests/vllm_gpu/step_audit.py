@@ -1,4 +1,4 @@
-"""Watches a V2 runner from outside: which rows of the target's caches did a step change?
+"""Watches a model runner from outside: which rows of the target's caches did a step change?
 
 Wraps the runner's methods after NWOR did, so it sees a step as vLLM does: whole. It knows nothing
 of windows and staging; slots, draft counts and sampled counts are vLLM's own. It synchronises.
@@ -9,46 +9,45 @@ from __future__ import annotations
 import functools
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+from row_audit import FP8, AuditedLayer, RowAudit, rows_of
 
 
 class StepAudit:
-    """Counts of graph modes always; rows while `on`; step times while `timing`."""
+    """Counts of graph modes always; rows while `on`; step times while `timing`.
 
-    def __init__(self, worker: Any) -> None:
-        runner = worker.model_runner
-        self.runner = runner
+    `rows` needs room for a second copy of the target's caches.
+    """
+
+    def __init__(self, worker: Any, blocks: int) -> None:
+        """blocks: how many the scheduler hands out; further ones at the end are not looked at."""
+        self.runner = worker.model_runner
         self.on = self.timing = False
-        context = runner.compilation_config.static_forward_context
-        drafters = runner.speculator.draft_attn_layer_names
-        self.names = [name for name in context if name not in drafters]
-        groups = runner.kv_cache_config.kv_cache_groups
-        self.group_of = [
-            next(index for index, group in enumerate(groups) if name in group.layer_names)
-            for name in self.names
-        ]
-        # [blocks, block, kv_heads, 2 * D]
-        self.caches = [context[name].kv_cache.transpose(1, 2) for name in self.names]
-        self.step: dict[str, Any] | None = None
+        self.rows = RowAudit(audited_layers(self.runner), blocks)
         self.events: list[tuple[Any, torch.cuda.Event]] = []
-        self.totals: Counter[str] = Counter()
         self.modes: Counter[str] = Counter()
-        for owner, name, hook in (
-            (runner, "prepare_attn", self._prepare_attn),
-            (runner, "sample", self._sample),
-            (runner.cudagraph_manager, "dispatch", self._dispatch),
-        ):
+        if hasattr(self.runner, "prepare_attn"):
+            hooks: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+                (self.runner, "prepare_attn", self._prepare_attn),
+                (self.runner, "sample", self._sample_v2),
+                (self.runner.cudagraph_manager, "dispatch", self._dispatch),
+            )
+        else:
+            hooks = (
+                (self.runner, "_determine_batch_execution_and_padding", self._determine),
+                (self.runner, "_model_forward", self._model_forward),
+                (self.runner, "_sample", self._sample_v1),
+            )
+        for owner, name, hook in hooks:
             setattr(owner, name, functools.partial(hook, getattr(owner, name)))
 
     def begin(self, *, audit: bool, timing: bool) -> None:
         """Forget the totals."""
-        self.on, self.timing, self.step = audit, timing, None
-        self.totals.clear()
+        self.on, self.timing = audit, timing
+        self.rows.clear()
         self.modes.clear()
         self.events.clear()
 
@@ -67,7 +66,15 @@ class StepAudit:
             for shape, ms in times.items()
             if len(ms) >= 8
         }  # fmt: skip
-        return {"rows": dict(self.totals), "graphs": dict(self.modes), "step_ms": spread}
+        return {"rows": dict(self.rows.totals), "graphs": dict(self.modes), "step_ms": spread}
+
+    def _time(self, requests: int, tokens: int) -> None:
+        if self.timing:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events.append(((requests, tokens), event))
+
+    # V2: slots, spans and draft counts are known when the attention is prepared.
 
     def _dispatch(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -75,67 +82,93 @@ class StepAudit:
         return result
 
     def _prepare_attn(self, original: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.timing:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.events.append(((batch.num_reqs, batch.num_tokens), event))
+        self._time(batch.num_reqs, batch.num_tokens)
         result = original(batch, *args, **kwargs)
         if self.on:
-            slots = result[1][:, : batch.num_tokens].long()
-            self._spoil(slots)
-            self.step = {"slots": slots.tolist(), "before": self._bits()}
+            slots = result[1][:, : batch.num_tokens]
+            self.rows.before({group: slots[group] for group in self.rows.groups})
         return result
 
-    def _spoil(self, slots: Tensor) -> None:
-        """Noise in the slots of this step's tokens, which hold nothing yet: what an earlier request
-        left there may be the very row, and reading a row before its write must show."""
-        for cache, group in zip(self.caches, self.group_of, strict=True):
-            place = (slots[group] // cache.shape[1], slots[group] % cache.shape[1])
-            shape = (slots.shape[1], *cache.shape[2:])
-            noise = torch.empty(shape, dtype=torch.float32, device=cache.device).uniform_(-8, 8)
-            cache[place] = noise.to(cache.dtype)
-
-    def _bits(self) -> list[Tensor]:
-        """`[slots, row]` for each layer, a copy as raw bits (NaN compares equal to itself)."""
-        return [
-            c.view(BITS[c.element_size()]).flatten(0, 1).flatten(1).clone() for c in self.caches
-        ]
-
-    def _sample(self, original: Any, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _sample_v2(self, original: Any, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(hidden, batch, *args, **kwargs)
-        if self.step is not None:
-            self._account(self.step, batch, result[1].tolist())
-            self.step = None
+        if self.rows.open:
+            drafts = batch.num_draft_tokens_per_req
+            drafts = [0] * batch.num_reqs if drafts is None else drafts.tolist()
+            sampled = result[1].tolist()
+            accepted = [
+                min(n, sampled[request] - 1) if n else 0 for request, n in enumerate(drafts)
+            ]
+            self.rows.after(batch.query_start_loc_np.tolist(), drafts, accepted)
         return result
 
-    def _account(self, step: dict[str, Any], batch: Any, sampled: list[int]) -> None:
-        pairs = zip(step["before"], self._bits(), strict=True)
-        changed = [set((a != b).any(-1).nonzero().flatten().tolist()) for a, b in pairs]
-        allowed: dict[int, set[int]] = {group: set() for group in self.group_of}
-        rejected: dict[int, set[int]] = {group: set() for group in self.group_of}
-        starts = batch.query_start_loc_np.tolist()
-        drafts_of = batch.num_draft_tokens_per_req
-        drafts_of = [0] * batch.num_reqs if drafts_of is None else drafts_of.tolist()
-        totals, kinds = self.totals, set()
-        for index, drafts in enumerate(drafts_of):
-            start, end = starts[index], starts[index + 1]
-            accepted = min(drafts, sampled[index] - 1) if drafts else 0
-            written = end - start - drafts + accepted
-            for group in allowed:
-                slots = step["slots"][group][start:end]
-                allowed[group].update(slots[:written])
-                rejected[group].update(slots[written:])
-            kinds.add("verify" if drafts else "decode" if end - start == 1 else "prefill")
-            totals["certain"] += end - start - drafts
-            totals["drafts"] += drafts
-            totals["accepted"] += accepted
-            if drafts:
-                totals["decode_tokens"] += sampled[index]
-                first = step["slots"][self.group_of[0]][start:end]
-                totals["decode_rows"] += len(changed[0] & set(first))
-        totals["steps"] += 1
-        totals["mixed_steps"] += {"verify", "prefill"} <= kinds
-        for slots, group in zip(changed, self.group_of, strict=True):
-            totals["rejected_present"] += len(slots & rejected[group])
-            totals["missing"] += len(allowed[group] - slots)
-            totals["unexpected"] += len(slots - allowed[group] - rejected[group])
+    # V1: slots and spans are in the forward context, draft counts come with the sampler's call.
+
+    def _determine(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self.modes[result[0].name] += 1
+        return result
+
+    def _model_forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        starts = self._starts()
+        self._time(len(starts) - 1, starts[-1])
+        if self.on:
+            from vllm.forward_context import get_forward_context
+
+            mapping = get_forward_context().slot_mapping
+            self.rows.before(
+                {layer.group: mapping[layer.name][: starts[-1]] for layer in self.rows.layers}
+            )
+        return original(*args, **kwargs)
+
+    def _sample_v1(self, original: Any, logits: Any, metadata: Any) -> Any:
+        result = original(logits, metadata)
+        if self.rows.open:
+            starts = self._starts()
+            drafts = [0] * (len(starts) - 1) if metadata is None else metadata.num_draft_tokens
+            # -1 stands where nothing was sampled.
+            sampled = (result.sampled_token_ids >= 0).sum(-1).tolist()
+            accepted = [
+                min(n, sampled[request] - 1) if n else 0 for request, n in enumerate(drafts)
+            ]
+            self.rows.after(starts, drafts, accepted)
+        return result
+
+    def _starts(self) -> list[int]:
+        requests = self.runner.input_batch.num_reqs
+        return list(map(int, self.runner.query_start_loc.np[: requests + 1]))
+
+
+def audited_layers(runner: Any) -> list[AuditedLayer]:
+    """The target's layers that have a cache of their own."""
+    context = runner.compilation_config.static_forward_context
+    theirs = drafters_layers(runner)
+    found = []
+    for index, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        for name in group.layer_names:
+            layer = context[name]
+            shared = getattr(layer, "kv_sharing_target_layer_name", None)
+            if name in theirs or shared is not None:
+                continue
+            raw = layer.kv_cache.dtype == torch.uint8
+            found.append(
+                AuditedLayer(
+                    name=name,
+                    group=index,
+                    cache=rows_of(layer.kv_cache),
+                    block_size=group.kv_cache_spec.block_size,
+                    dtype=FP8.get(getattr(layer, "kv_cache_dtype", "")) if raw else None,
+                )
+            )
+    return found
+
+
+def drafters_layers(runner: Any) -> set[str]:
+    """Names of the drafter's attention layers, on either runner; empty if it has none."""
+    for holder, names in (
+        ("speculator", "draft_attn_layer_names"),
+        ("drafter", "_draft_attn_layer_names"),
+    ):
+        found = getattr(getattr(runner, holder, None), names, None)
+        if found is not None:
+            return set(found)
+    return set()
