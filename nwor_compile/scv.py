@@ -1,8 +1,12 @@
 """Speculative Cache Validation: from the sampler's ids to a committed window.
 
-`validate` is the whole device-side path: mask, error flag, commit of every batch, counters. It is
-straight-line device code, so it runs as plain launches (vectorised) or as one captured CUDA graph.
-`host_loop` is the oracle: the same decision, made in Python after a synchronisation.
+`validate` is the whole device-side path, in two steps: judge (acceptance and all error flags), then
+settle (the commit of every batch, counters, routing back to direct mode). Between them ranks share
+their error flags. It is straight-line device code: two launches, more with several batches. In
+graph mode the second step is a captured CUDA graph; the first reads the caller's tensors where they
+are. `host_loop` is the oracle: the same decision, made in Python after a synchronisation.
+
+After `validate`, `finish` or `host_loop` the routing is closed: every token is certain.
 """
 
 from __future__ import annotations
@@ -11,13 +15,17 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nwor_compile.groups import LayerBatch
-from nwor_compile.ops import accept_mask, commit_kv
+from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
+from nwor_compile.ops.counters import FIXED
+from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
+from nwor_compile.ops.scv import JUDGE, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
 from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 
@@ -26,16 +34,21 @@ log = logging.getLogger("nwor_compile")
 
 @dataclass(frozen=True)
 class Committed:
-    """What a window came to; tensors on the device.
+    """What a window came to; tensors on the device, valid until the next `begin`.
 
     accepted: int32 `[R]`, drafts accepted a request (0 everywhere if `error`).
-    mask: bool `[N]`, staged rows that moved to the cache.
+    mask: bool `[N]`, drafts whose staged rows moved to the cache.
     error: int32 `[1]`, bits of `nwor_compile.routing`; the next `begin` clears it.
+    num_sampled, num_rejected: int32 `[R]`, if they were given: what the engine should go on with.
+        `num_sampled` is at most `accepted + 1`, and `num_rejected` has grown by what that took
+        away, so that with the error flag up each request keeps its first sampled token alone.
     """
 
     accepted: Tensor
     mask: Tensor
     error: Tensor
+    num_sampled: Tensor | None = None
+    num_rejected: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,9 @@ class WindowTensors:
 
     drafts: int32 `[max_requests]`, the step's draft counts (routing's are zero in direct mode).
     error: int32 `[1]`. state: int32 `[layers, 2]`. counters: int64.
+    rows: int32 `[capacity]`, staging row of each draft; None if draft n is staged in row n.
+    draft_ids: int64 `[capacity]`, ids of the step's drafts, request after request, for callers that
+        do not give them.
     share_error: where several ranks hold shares of one model, leaves the largest of their error
         flags in each one's; see `Window`.
     """
@@ -56,66 +72,147 @@ class WindowTensors:
     batches: list[LayerBatch]
     staging: bool
     share_error: Callable[[Tensor], None] | None = None
+    rows: Tensor | None = None
+    draft_ids: Tensor | None = None
+
+    @cached_property
+    def plans(self) -> tuple[CommitPlan, ...]:
+        """What the commits of each batch have in common; made at the first, and kept."""
+        return tuple(
+            CommitPlan(
+                batch.key_caches,
+                batch.value_caches,
+                batch.staged_keys,
+                batch.staged_values,
+                batch.table,
+            )
+            for batch in self.batches
+        )
 
 
 def validate(
     tensors: WindowTensors,
     sampled_ids: Tensor,
-    draft_ids: Tensor,
-    num_sampled: Tensor | None,
-    ids_given: Tensor | int | None = None,
+    draft_ids: Tensor | None = None,
+    num_sampled: Tensor | None = None,
+    num_rejected: Tensor | None = None,
 ) -> Committed:
     """Accept, check and commit on the device; no synchronisation, one shape for every outcome.
 
-    ids_given: how many entries of `draft_ids` the caller gave, if not all of them.
+    Closes the routing. Arguments as for `accept_mask`, with
+
+    draft_ids: None for `tensors.draft_ids`; every draft then has an id.
+    num_rejected: `[R]` int32 or int64, to be clamped like `num_sampled`.
     """
-    requests = sampled_ids.shape[0]
-    ends = tensors.drafts[:requests].cumsum(0, dtype=torch.int32)
+    ids = _ids(tensors, draft_ids, sampled_ids.shape[0])
+    verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], tensors.error.device)
+    _judge(tensors, sampled_ids, ids, num_sampled, num_rejected, verdict)
+    _settle(tensors, verdict)
+    return _committed(tensors, verdict, num_sampled is not None, num_rejected is not None)
+
+
+def finish(
+    tensors: WindowTensors,
+    mask: Tensor,
+    accepted: Tensor,
+    bits: Tensor,
+    num_sampled: Tensor | None = None,
+    num_rejected: Tensor | None = None,
+) -> Committed:
+    """For a decision made elsewhere: fold all error sources into the window's flag, then commit all
+    batches or none. Closes the routing.
+
+    Args:
+        mask: bool `[N]`. accepted: int32 `[R]`. bits: int32 `[1]`, for the error flag.
+        num_sampled, num_rejected: `[R]` int32 or int64; see `Committed`.
+    """
+    verdict = verdict_buffers(accepted.shape[0], mask.shape[0], tensors.error.device)
+    verdict.mask.copy_(mask)
+    verdict.numbers.zero_()
+    verdict.accepted.copy_(accepted)
+    if num_sampled is not None:
+        verdict.num_sampled.copy_(num_sampled)
+    if num_rejected is not None:
+        verdict.num_rejected.copy_(num_rejected)
+    faults = layer_faults(tensors.routing.num_drafts, tensors.state, COUNT_MISMATCH, OVERFLOW)
+    tensors.error.bitwise_or_(bits | faults)
+    _settle(tensors, verdict)
+    return _committed(tensors, verdict, num_sampled is not None, num_rejected is not None)
+
+
+def _ids(tensors: WindowTensors, draft_ids: Tensor | None, requests: int) -> Tensor:
+    if draft_ids is not None:
+        return draft_ids
+    known = tensors.draft_ids
+    if known is None:
+        raise ValueError("draft_ids: expected a tensor, since this window does not keep draft ids")
+    return known[: requests * (known.shape[0] // tensors.drafts.shape[0])]
+
+
+def _judge(
+    tensors: WindowTensors,
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+    verdict: Verdict,
+) -> None:
+    """Fill `verdict`, and add this rank's faults to the error flag."""
     with span("nwor.accept"):
-        mask, accepted, mismatch = accept_mask(sampled_ids, draft_ids, ends, num_sampled)
-    # Drafts without an id would count as accepted, and their rows would be lost.
-    short = ends[-1:] > (draft_ids.shape[0] if ids_given is None else ids_given)
-    return finish(tensors, mask, accepted, ((mismatch != 0) | short).to(torch.int32) * ID_MISMATCH)
+        pick(JUDGE, tensors.error.device)(
+            sampled_ids, draft_ids, num_sampled, num_rejected, tensors.drafts,
+            tensors.routing.num_drafts, tensors.state, tensors.error, verdict,
+            max_drafts=(tensors.counters.shape[0] - FIXED) // 2, id_mismatch=ID_MISMATCH,
+            count_mismatch=COUNT_MISMATCH, overflow=OVERFLOW,
+        )  # fmt: skip
 
 
-def finish(tensors: WindowTensors, mask: Tensor, accepted: Tensor, bits: Tensor) -> Committed:
-    """Fold all error sources into the window's flag, then commit all batches or none."""
-    requests = accepted.shape[0]
-    staged = tensors.routing.num_drafts.sum(dtype=torch.int32)
-    uneven = (tensors.state[:, 0] != staged).any().to(torch.int32)
-    overflow = (tensors.state[:, 1] != 0).any().to(torch.int32)
-    error = tensors.error
-    error |= bits | uneven * COUNT_MISMATCH | overflow * OVERFLOW
+def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
+    """Share the error flag, then do what `verdict` says: all of it or, with the flag up, nothing.
+
+    The first launch counts and closes as well; `Closing` says what that is.
+    """
     if tensors.share_error is not None:
-        tensors.share_error(error)
-    accepted = torch.where(error == 0, accepted, 0)
-    mask = mask & (error == 0)
-    if not tensors.staging:
-        return Committed(accepted, mask, error)
+        tensors.share_error(tensors.error)
+    routing = tensors.routing
+    closing: Closing | None = Closing(verdict, routing.row_map, routing.num_drafts)
+    counters: Tensor | None = tensors.counters
+    mask = verdict.mask
+    plans = tensors.plans
+    if not tensors.staging:  # nothing was staged and nothing is counted
+        counters, mask, plans = None, mask[:0], plans[:1]
+    commit = pick(COMMIT, tensors.error.device)
     with span("nwor.commit"):
-        for index, batch in enumerate(tensors.batches):
-            commit_kv(
-                batch.key_caches,
-                batch.value_caches,
-                batch.staged_key,
-                batch.staged_value,
-                batch.slots,
-                mask,
-                error,
-                tensors.drafts[:requests],
-                accepted,
-                tensors.counters if index == 0 else None,
-                batch.table,
-                tensors.state.shape[0],
-            )
-    return Committed(accepted, mask, error)
+        for plan, batch in zip(plans, tensors.batches, strict=False):
+            commit(
+                plan, batch.slots, tensors.rows, mask, tensors.error, tensors.drafts,
+                verdict.accepted, counters, tensors.state.shape[0], closing,
+            )  # fmt: skip
+            counters = closing = None
+
+
+def _committed(
+    tensors: WindowTensors, verdict: Verdict, sampled_given: bool, rejected_given: bool
+) -> Committed:
+    return Committed(
+        verdict.accepted,
+        verdict.mask,
+        tensors.error,
+        verdict.num_sampled if sampled_given else None,
+        verdict.num_rejected if rejected_given else None,
+    )
 
 
 def host_loop(
-    tensors: WindowTensors, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+    tensors: WindowTensors,
+    sampled_ids: Tensor,
+    draft_ids: Tensor | None = None,
+    num_sampled: Tensor | None = None,
+    num_rejected: Tensor | None = None,
 ) -> Committed:
-    """The oracle: the decision of `accept_mask` as a loop on the host. Synchronises."""
-    rows, drafts = sampled_ids.tolist(), draft_ids.tolist()
+    """The oracle: the decision of `validate` as a loop on the host. Synchronises."""
+    rows = sampled_ids.tolist()
+    drafts = _ids(tensors, draft_ids, len(rows)).tolist()
     counts = tensors.drafts[: len(rows)].tolist()
     given = num_sampled.tolist() if num_sampled is not None else None
     mask, accepted, start = [False] * len(drafts), [], 0
@@ -140,25 +237,51 @@ def host_loop(
         torch.tensor(mask, dtype=torch.bool, device=device),
         torch.tensor(accepted, dtype=torch.int32, device=device),
         torch.tensor([ID_MISMATCH if mismatch else 0], dtype=torch.int32, device=device),
+        num_sampled,
+        num_rejected,
     )
 
 
 @dataclass
 class _Captured:
-    """A CUDA graph of `validate` for one size, with the buffers it reads and writes."""
+    """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes."""
 
     graph: torch.cuda.CUDAGraph
-    sampled_ids: Tensor
-    draft_ids: Tensor
-    num_sampled: Tensor
-    ids_given: Tensor
-    result: Committed
+    verdict: Verdict
     faster: bool = True
+    results: dict[tuple[int, int, bool, bool], Committed] = field(default_factory=dict)
+
+    def result(
+        self, tensors: WindowTensors, requests: int, drafts: int, sampled: bool, rejected: bool
+    ) -> Committed:
+        """The part of the verdict that a step of this size has.
+
+        Views of buffers that never move, so those of sizes met before are kept: making five views
+        takes longer on the host than starting the graph.
+        """
+        size = (requests, drafts, sampled, rejected)
+        known = self.results.get(size)
+        if known is None:
+            verdict = self.verdict
+            known = Committed(
+                verdict.accepted[:requests],
+                verdict.mask[:drafts],
+                tensors.error,
+                verdict.num_sampled[:requests] if sampled else None,
+                verdict.num_rejected[:requests] if rejected else None,
+            )
+            if len(self.results) >= _KEPT_RESULTS:
+                self.results.clear()
+            self.results[size] = known
+        return known
+
+
+_KEPT_RESULTS = 4096
 
 
 @dataclass
 class GraphValidator:
-    """`validate` as one CUDA graph a size bucket (requests, rounded up to a power of two).
+    """`validate` with a CUDA graph a size bucket (requests, rounded up to a power of two).
 
     Graphs are captured by `warm_up` only: capturing synchronises, and a window must not. A size
     without a graph, a machine without CUDA and a capture that failed run vectorised; each is
@@ -172,35 +295,32 @@ class GraphValidator:
     vectorised: dict[str, int] = field(default_factory=dict)
 
     def __call__(
-        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None = None,
+        num_sampled: Tensor | None = None,
+        num_rejected: Tensor | None = None,
     ) -> Committed:
-        captured = self._graph_for(sampled_ids, draft_ids)
+        """As `validate`. With a graph, the result's tensors are views of the graph's buffers."""
+        tensors = self.tensors
+        ids = _ids(tensors, draft_ids, sampled_ids.shape[0])
+        captured = self._graph_for(sampled_ids, ids)
         if captured is None:
-            return validate(self.tensors, sampled_ids, draft_ids, num_sampled)
-        return _replay(captured, sampled_ids, draft_ids, num_sampled)
+            return validate(tensors, sampled_ids, ids, num_sampled, num_rejected)
+        return _replay(tensors, captured, sampled_ids, ids, num_sampled, num_rejected)
 
     def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
-        if sampled_ids.device.type != "cuda":
+        if not sampled_ids.is_cuda:
             self._run_vectorised("CUDA is missing")
             return None
         if torch.cuda.is_current_stream_capturing():
             return None  # the launches become part of the caller's graph; graphs do not nest
-        fitting = (
-            size
-            for size, graph in self.graphs.items()
-            if size >= sampled_ids.shape[0] and graph.draft_ids.shape[0] >= draft_ids.shape[0]
-        )
-        bucket = min(fitting, default=None)
-        if bucket is None:
-            self._run_vectorised("no graph was captured for this size")
-            return None
-        captured = self.graphs[bucket]
-        if sampled_ids.shape[1] > captured.sampled_ids.shape[1]:
-            self._run_vectorised("more sampled columns than the graph's buffers")
-            return None
-        if self.adaptive and not captured.faster:
-            return None
-        return captured
+        requests, drafts = sampled_ids.shape[0], draft_ids.shape[0]
+        for size, captured in self.graphs.items():  # smallest first
+            if size >= requests and captured.verdict.mask.shape[0] >= drafts:
+                return None if self.adaptive and not captured.faster else captured
+        self._run_vectorised("no graph was captured for this size")
+        return None
 
     def _run_vectorised(self, reason: str) -> None:
         if reason not in self.vectorised:
@@ -217,6 +337,7 @@ class GraphValidator:
             return
         for size in sorted(set(sizes)):
             self._capture(size)
+        self.graphs = dict(sorted(self.graphs.items()))
 
     def _capture(self, size: int) -> None:
         tensors = self.tensors
@@ -225,8 +346,7 @@ class GraphValidator:
         rows = min(size * self.max_drafts, tensors.batches[0].slots.shape[0] - 1)
         sampled = torch.full((size, self.max_drafts + 1), -1, dtype=torch.int64, device=device)
         drafts = torch.zeros(rows, dtype=torch.int64, device=device)
-        counts = torch.zeros(size, dtype=torch.int32, device=device)
-        given = torch.zeros(1, dtype=torch.int32, device=device)
+        verdict = verdict_buffers(size, rows, device)
         try:
             # The first calls compile the kernels and must not be part of the graph. The draft
             # counts are zero, so they move nothing.
@@ -234,14 +354,15 @@ class GraphValidator:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                validate(tensors, sampled, drafts, counts, given)
+                _judge(tensors, sampled, drafts, None, None, verdict)
+                _settle(tensors, verdict)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                result = validate(tensors, sampled, drafts, counts, given)
-            captured = _Captured(graph, sampled, drafts, counts, given, result)
+                _settle(tensors, verdict)
+            captured = _Captured(graph, verdict)
             if self.adaptive:
-                captured.faster = self._time(size, captured)
+                captured.faster = self._time(size, captured, sampled, drafts)
             self.graphs[size] = captured
         except (RuntimeError, NotImplementedError) as error:
             # torch raises plain RuntimeError for every capture failure; NWOR goes on without.
@@ -253,11 +374,10 @@ class GraphValidator:
             ):
                 tensor.copy_(value)
 
-    def _time(self, size: int, captured: _Captured) -> bool:
-        sampled, drafts = captured.sampled_ids.clone(), captured.draft_ids.clone()
-        counts = captured.num_sampled.clone()
-        graph_us = _microseconds(lambda: _replay(captured, sampled, drafts, counts))
-        plain_us = _microseconds(lambda: validate(self.tensors, sampled, drafts, counts))
+    def _time(self, size: int, captured: _Captured, sampled: Tensor, drafts: Tensor) -> bool:
+        given = (sampled, drafts, None, None)
+        graph_us = _microseconds(lambda: _replay(self.tensors, captured, *given))
+        plain_us = _microseconds(lambda: validate(self.tensors, *given))
         log.info(
             "SCV adaptive, %d requests: graph %.1f us, vectorised %.1f us; %s is kept",
             size, graph_us, plain_us, "graph" if graph_us <= plain_us else "vectorised",
@@ -266,22 +386,22 @@ class GraphValidator:
 
 
 def _replay(
-    captured: _Captured, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+    tensors: WindowTensors,
+    captured: _Captured,
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
 ) -> Committed:
-    requests, columns = sampled_ids.shape
-    # What an earlier window left behind these is never read: counts say how far each goes.
-    captured.sampled_ids[:requests, :columns].copy_(sampled_ids)
-    captured.draft_ids[: draft_ids.shape[0]].copy_(draft_ids)
-    captured.ids_given.fill_(draft_ids.shape[0])
-    captured.num_sampled.zero_()
-    if num_sampled is None:
-        num_sampled = (sampled_ids >= 0).to(torch.int32).cumprod(1).sum(1)
-    captured.num_sampled[:requests].copy_(num_sampled)
-    captured.num_sampled[:requests].clamp_(max=columns)
-    with span("nwor.commit"):  # acceptance too: one graph
+    # The judge reads the caller's tensors where they are and fills the graph's whole verdict, so no
+    # input is copied, and nothing of an earlier window is left.
+    _judge(tensors, sampled_ids, draft_ids, num_sampled, num_rejected, captured.verdict)
+    with span("nwor.commit"):
         captured.graph.replay()
-    result = captured.result
-    return Committed(result.accepted[:requests], result.mask[: draft_ids.shape[0]], result.error)
+    return captured.result(
+        tensors, sampled_ids.shape[0], draft_ids.shape[0], num_sampled is not None,
+        num_rejected is not None,
+    )  # fmt: skip
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:

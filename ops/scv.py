@@ -1,12 +1,18 @@
-"""`accept_mask`: Speculative Cache Validation, which staged rows hold accepted tokens."""
+"""Speculative Cache Validation: which staged rows hold accepted tokens.
+
+`accept_mask` is the op. `JUDGE` is what a window runs: the same decision, its error flags, and
+checks of nothing, in one launch.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nwor_compile.ops.layout import check_index, check_same_device
-from nwor_compile.ops.library import define
+from nwor_compile.ops.library import Launcher, define
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -129,3 +135,85 @@ def accept_mask(
     """
     mask, accepted, mismatch = _accept_mask(sampled_ids, draft_ids, cu_num_drafts, num_sampled)
     return mask, accepted, mismatch
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What `judge` decides; the buffers are given to it, and it fills them whole.
+
+    mask: bool `[N]`, drafts whose rows move. numbers: int32 `[3, R]`, contiguous; `accepted`,
+    `num_sampled` and `num_rejected` are its rows.
+    """
+
+    mask: Tensor
+    numbers: Tensor
+    accepted: Tensor
+    num_sampled: Tensor
+    num_rejected: Tensor
+
+
+def verdict_buffers(requests: int, drafts: int, device: torch.device) -> Verdict:
+    """Room for the verdict on `requests` requests and `drafts` drafts; not initialised."""
+    numbers = torch.empty(3, requests, dtype=torch.int32, device=device)
+    return Verdict(
+        torch.empty(drafts, dtype=torch.bool, device=device), numbers, *numbers.unbind(0)
+    )
+
+
+def judge(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+    drafts: Tensor,
+    staged: Tensor,
+    state: Tensor,
+    error: Tensor,
+    verdict: Verdict,
+    *,
+    max_drafts: int,
+    id_mismatch: int,
+    count_mismatch: int,
+    overflow: int,
+) -> None:
+    """Acceptance and all flags of a window; the specification of `JUDGE`.
+
+    Args:
+        sampled_ids, draft_ids, num_sampled: as for `accept_mask`, R requests and N ids. A draft
+            without an id is a mismatch.
+        num_rejected: `[R]` int32 or int64, or None for zeros; copied to the verdict.
+        drafts: int32 `[max_requests]`, draft counts, contiguous.
+        staged: int32 `[max_requests]`, contiguous, what each layer should have staged, by request.
+        state: int32 `[layers, 2]`, contiguous, rows staged and overflow by layer.
+        error: int32 `[1]`; the three bits are added to it.
+        max_drafts: most drafts that a request may have; nothing depends on it but speed.
+        verdict: at least R requests and N drafts; zero behind them. `num_sampled` is the count of
+            leading ids that are not negative, if not given.
+    """
+    del max_drafts
+    requests, rows = sampled_ids.shape[0], draft_ids.shape[0]
+    ends = drafts[:requests].cumsum(0, dtype=torch.int32)
+    mask, accepted, mismatch = accept_mask_reference(sampled_ids, draft_ids, ends, num_sampled)
+    if num_sampled is None:
+        num_sampled = (sampled_ids >= 0).to(torch.int32).cumprod(1).sum(1)
+    verdict.mask.zero_()
+    verdict.mask[:rows].copy_(mask)
+    verdict.numbers.zero_()
+    verdict.accepted[:requests].copy_(accepted)
+    verdict.num_sampled[:requests].copy_(num_sampled)
+    if num_rejected is not None:
+        verdict.num_rejected[:requests].copy_(num_rejected)
+    # Drafts without an id would count as accepted, and their rows would be lost.
+    short = ends[-1:] > rows
+    bits = ((mismatch != 0) | short).to(torch.int32) * id_mismatch
+    error |= bits | layer_faults(staged, state, count_mismatch, overflow)
+
+
+def layer_faults(staged: Tensor, state: Tensor, count_mismatch: int, overflow: int) -> Tensor:
+    """Error bits, int32 scalar: a layer that staged another number of rows, or met one too many."""
+    uneven = (state[:, 0] != staged.sum(dtype=torch.int32)).any().to(torch.int32)
+    over = (state[:, 1] != 0).any().to(torch.int32)
+    return uneven * count_mismatch | over * overflow
+
+
+JUDGE = Launcher(judge, "scv:judge")

@@ -158,12 +158,12 @@ class Cache:
         key, value = self.dump()
         return {slot: (key[slot], value[slot]) for slot in range(self.slots)}
 
-    def holds(self, rows: oracle.Rows) -> bool:
-        """Whether every slot has exactly the bits of `rows`."""
+    def holds(self, rows: oracle.Rows, slots: int | None = None) -> bool:
+        """Whether every slot, or each of the first `slots`, has exactly the bits of `rows`."""
         key, value = self.dump()
         return all(
             same_bits(key[slot], rows[slot][0]) and same_bits(value[slot], rows[slot][1])
-            for slot in range(self.slots)
+            for slot in range(self.slots if slots is None else slots)
         )
 
     def clone(self) -> Cache:
@@ -478,8 +478,8 @@ def commit_arguments(
     return {
         "key_caches": step.key_caches(),
         "value_caches": step.value_caches(),
-        "staged_key": step.staged_key,
-        "staged_value": step.staged_value,
+        "staged_keys": [layer.staged_key for layer in step.layers],
+        "staged_values": [layer.staged_value for layer in step.layers],
         "slots": step.batch.draft_slots,
         "mask": mask,
         "error": flag.to(device),

@@ -325,9 +325,10 @@ def test_commit_kv_equals_the_reference(form: str, dtype: torch.dtype, error: in
         keys, values = [k for k, _ in caches], [v for _, v in caches]
         counters = torch.arange(ops.counter_size(5))
         flag = torch.tensor([error], dtype=torch.int32)
+        staged = list(key), list(value)
         ops.commit_kv(
-            keys, values, key, value, slots, mask, flag, drafts, accepted, counters,
-            ops.cache_table(keys, values), 7,
+            keys, values, *staged, slots, mask, flag, drafts, accepted, counters,
+            ops.cache_table(keys, values, *staged), 7,
         )  # fmt: skip
         return (*keys, *values, counters)
 
@@ -348,7 +349,7 @@ def test_commit_kv_of_any_number_of_rows_and_requests(
         counters = torch.zeros(ops.counter_size(18), dtype=torch.int64) if counted else None
         flag = torch.zeros(1, dtype=torch.int32)
         ops.commit_kv(
-            [caches[0][0]], [caches[0][1]], key, value, slots, mask, flag, drafts, accepted,
+            [caches[0][0]], [caches[0][1]], [*key], [*value], slots, mask, flag, drafts, accepted,
             counters, None, 1,
         )  # fmt: skip
         return (*caches[0], *([] if counters is None else [counters]))
@@ -364,7 +365,7 @@ def test_commit_kv_moves_nothing_into_unaligned_neighbours() -> None:
         key, value = (row[1:].view(4, 1, 2, 8) for row in store)
         staged = randn(1, 4, 2, 8, dtype=torch.float16)
         ops.commit_kv(
-            [key], [value], staged, -staged, torch.tensor([2, 0, 1, 3]),
+            [key], [value], [*staged], [*-staged], torch.tensor([2, 0, 1, 3]),
             torch.tensor([True, False, True, True]), torch.zeros(1, dtype=torch.int32),
             torch.tensor([4]), torch.tensor([3]),
         )  # fmt: skip
@@ -504,7 +505,6 @@ def test_opcheck_with_the_kernels() -> None:
     key, value = qkv_views(4, 1, 8, torch.float32)
     slots, row_map = torch.tensor([3, 4, -1, 6]), torch.tensor([-1, 0, 1, -1])
     state = torch.zeros(2, dtype=torch.int32)
-    stacked = [rows.unsqueeze(0) for rows in staged]
     error, counters = torch.zeros(1, dtype=torch.int32), torch.zeros(14, dtype=torch.int64)
     drafts, accepted = batch.num_drafts, torch.tensor([1, 0])
     mask = torch.tensor([True, False])
@@ -513,7 +513,8 @@ def test_opcheck_with_the_kernels() -> None:
         "stage_kv": (key, value, *caches, *staged, state, slots, row_map),
         "accept_mask": (torch.tensor([[1, 2]]), torch.tensor([1, 1]), torch.tensor([2])),
         "commit_kv": (
-            [caches[0]], [caches[1]], *stacked, slots, mask, error, drafts, accepted, counters,
+            [caches[0]], [caches[1]], [staged[0]], [staged[1]], slots, mask, error, drafts,
+            accepted, counters,
         ),
         "paged_attention": (*batch.paged_args(), 0.3),
         "verify_attention": (*batch.verify_args(), 0.3),

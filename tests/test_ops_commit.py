@@ -15,6 +15,7 @@ from cases import (
     commit_arguments,
     make_batch,
     make_step,
+    same_bits,
     stage_arguments,
 )
 from torch import Tensor
@@ -140,10 +141,12 @@ def test_the_staging_buffers_and_inputs_are_left_alone() -> None:
     batch = make_batch(SPANS)
     step, _, _ = staged_step(batch)
     arguments = commit_arguments(step, *tensors(MASK, ACCEPTED))
-    names = ("staged_key", "staged_value", "slots", "mask", "error", "num_drafts", "accepted")
-    before = {name: arguments[name].clone() for name in names}
+    names = ("slots", "mask", "error", "num_drafts", "accepted")
+    read = [arguments[name] for name in names]
+    read += [*arguments["staged_keys"], *arguments["staged_values"]]
+    before = [tensor.clone() for tensor in read]
     ops.commit_kv(**arguments)
-    assert all(torch.equal(arguments[n].nan_to_num(9), before[n].nan_to_num(9)) for n in names)
+    assert all(same_bits(now, then) for now, then in zip(read, before, strict=True))
 
 
 def test_an_empty_mask_commits_nothing() -> None:
@@ -247,15 +250,18 @@ def test_a_count_above_the_counted_positions_loses_no_row() -> None:
     assert counters[8:].tolist() == [1, 1, 1, 1]
 
 
-def test_the_address_table_lists_keys_then_values() -> None:
+def test_the_address_table_lists_caches_then_staging_keys_before_values() -> None:
     batch = make_batch([Span(5, 1, 3)], Geometry(layout="packed"))
     step = make_step(batch, layers=2)
-    table = ops.cache_table(step.key_caches(), step.value_caches())
+    lists = (
+        step.key_caches(),
+        step.value_caches(),
+        [layer.staged_key for layer in step.layers],
+        [layer.staged_value for layer in step.layers],
+    )
+    table = ops.cache_table(*lists)
     assert table.dtype == torch.int64
-    assert table.tolist() == [
-        [cache.data_ptr() for cache in step.key_caches()],
-        [cache.data_ptr() for cache in step.value_caches()],
-    ]
+    assert table.tolist() == [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
     assert int(table[1, 0] - table[0, 0]) == 8 * 4  # the value half of a packed row
 
 

@@ -187,6 +187,11 @@ def first_of(name: str, change: Callable[[Tensor], Tensor]) -> Change:
     return lambda a: {name: [a[name][0], change(a[name][1])]}
 
 
+def each(name: str, change: Callable[[Tensor], Tensor]) -> Change:
+    """Every tensor of a list changed."""
+    return lambda a: {name: [change(tensor) for tensor in a[name]]}
+
+
 def restrided(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -195,15 +200,39 @@ COMMIT: list[tuple[str, Change, type[Exception], str]] = [
     ("no-layers", put(key_caches=[], value_caches=[]), ValueError, "caches: expected as many"),
     ("fewer-values", lambda a: {"value_caches": a["value_caches"][:1]}, ValueError,
      "expected as many"),
-    ("staged-layers", cut("staged_key", slice(1)), ValueError, "expected [layers = 2"),
-    ("staged-3d", cut("staged_key", 0), ValueError, "expected [layers = 2"),
-    ("staged-differ", cut("staged_value", ROWS, slice(2)), ValueError, "expected equal shapes"),
-    ("staged-value-dtype", cast("staged_value", torch.int32), TypeError,
-     "staged_value is torch.int32"),
-    ("staged-dtype", lambda a: {n: a[n].to(F16) for n in ("staged_key", "staged_value")}, TypeError,
-     "staged rows are torch.float16, the cache is torch.float32"),
-    ("staged-bits", lambda a: {n: a[n].view(torch.int32) for n in ("staged_key", "staged_value")},
+    ("staged-layers", lambda a: {"staged_keys": a["staged_keys"][:1]}, ValueError,
+     "staged_keys: expected one for each of 2 layers, got 1"),
+    ("staged-2d", each("staged_values", lambda t: t[0]), ValueError,
+     "staged_values: expected [rows, kv_heads, head_size] a layer"),
+    ("staged-second-shape", first_of("staged_keys", lambda t: t[1:]), ValueError,
+     "staged_keys: layer 1 has"),
+    ("staged-second-strides", first_of("staged_values", lambda t: restrided(t[None])[0]),
+     ValueError, "staged_values: layer 1 has"),
+    ("staged-second-dtype", first_of("staged_keys", lambda t: t.view(torch.int32)), TypeError,
+     "staged_keys: layer 1 is torch.int32"),
+    ("staged-differ", each("staged_values", lambda t: t[:2]), ValueError,
+     "staged_keys and staged_values: expected equal shapes"),
+    ("staged-value-dtype", each("staged_values", lambda t: t.to(torch.int32)), TypeError,
+     "staged_values are torch.int32"),
+    ("staged-dtype", lambda a: {n: [t.to(F16) for t in a[n]]
+                                for n in ("staged_keys", "staged_values")},
+     TypeError, "staged rows are torch.float16, the cache is torch.float32"),
+    ("staged-bits", lambda a: {n: [t.view(torch.int32) for t in a[n]]
+                               for n in ("staged_keys", "staged_values")},
      TypeError, "staged rows are torch.int32"),
+    ("no-staging-row", lambda a: {"rows": torch.zeros(5, dtype=torch.int32)}
+     | {n: [t[:0] for t in a[n]] for n in ("staged_keys", "staged_values")},
+     ValueError, "at least one staging row"),
+    ("rows-short", put(rows=torch.zeros(4, dtype=torch.int32)), ValueError,
+     "rows: expected int32 [at least 5]"),
+    ("rows-dtype", put(rows=torch.zeros(5, dtype=torch.int64)), ValueError, "rows: expected int32"),
+    ("rows-2d", put(rows=torch.zeros(5, 1, dtype=torch.int32)), ValueError,
+     "rows: expected int32"),
+    ("rows-device", put(rows=torch.zeros(5, dtype=torch.int32, device="meta")), ValueError,
+     "rows on meta"),
+    ("table-of-caches-alone", put(cache_table=torch.zeros(2, 2, dtype=torch.int64)), ValueError,
+     "cache_table: expected int64 [4, layers = 2]"),
+    ("table-dtype", put(cache_table=torch.zeros(4, 2)), ValueError, "cache_table: expected int64"),
     ("second-layer-blocks", first_of("key_caches", lambda t: t[1:]), ValueError, "layer 1 has key"),
     ("second-layer-strides", first_of("key_caches", restrided),
      ValueError, "layer 1 has key"),
@@ -216,7 +245,7 @@ COMMIT: list[tuple[str, Change, type[Exception], str]] = [
     ("mask-dtype", cast("mask", torch.int32), ValueError, "mask: expected bool"),
     ("mask-2d", cut("mask", None), ValueError, "mask: expected bool"),
     ("mask-long", put(mask=torch.ones(99, dtype=torch.bool)), ValueError,
-     "mask: expected bool [rows <= 7]"),
+     "mask: expected at most 7 entries"),
     ("drafts-length", cut("num_drafts", slice(2)), ValueError, "num_drafts: expected shape [3]"),
     ("accepted-dtype", cast("accepted", torch.float32), TypeError, "accepted: expected int32"),
     ("accepted-0d", cut("accepted", 0), ValueError, "accepted: expected shape"),
@@ -272,7 +301,7 @@ def test_the_unchanged_arguments_are_accepted(op: str) -> None:
         ("paged_attention", put(softcap=-1.0), "expected >= 0"),
         ("verify_attention", cut("num_drafts", slice(1)), "raise max_requests"),
         ("accept_mask", cut("sampled_ids", 0), "expected 2-D"),
-        ("commit_kv", cut("staged_key", 0), "expected [layers = 2"),
+        ("commit_kv", each("staged_keys", lambda t: t[0]), "expected [rows, kv_heads"),
     ],
 )
 def test_a_bad_call_fails_already_while_it_is_traced(op: str, change: Change, message: str) -> None:

@@ -118,8 +118,11 @@ def test_opcheck(op: str, geometry: str) -> None:
 def test_opcheck_of_optional_arguments() -> None:
     step = staged_step(Geometry(), layers=2)
     arguments = commit_case(step)
-    table = ops.cache_table(arguments["key_caches"], arguments["value_caches"])
-    check(torch.ops.nwor.commit_kv.default, arguments | {"counters": None, "cache_table": table})
+    lists = ("key_caches", "value_caches", "staged_keys", "staged_values")
+    table = ops.cache_table(*(arguments[name] for name in lists))
+    rows = torch.tensor([4, 1, 0, 2, 3, 6], dtype=torch.int32)
+    changed = {"counters": None, "cache_table": table, "rows": rows}
+    check(torch.ops.nwor.commit_kv.default, arguments | changed)
     sampled = torch.tensor([[1, -1], [3, 4]])
     empty = torch.zeros(0, dtype=torch.int64)
     check(

@@ -73,9 +73,9 @@ class _Step:
         tensors = self.window.tensors
         batch = tensors.batches[0]
         commit_kv(
-            batch.key_caches, batch.value_caches, batch.staged_key, batch.staged_value,
+            batch.key_caches, batch.value_caches, batch.staged_keys, batch.staged_values,
             batch.slots, self.mask, tensors.error, self.counts, self.counts, tensors.counters,
-            batch.table, LAYERS,
+            batch.table, LAYERS, tensors.rows,
         )  # fmt: skip
 
 

@@ -37,7 +37,11 @@ class Writes:
         self.slots = order.view(STEPS, rows)
         self.row_map = torch.arange(rows, device="cuda", dtype=torch.int32)
         self.state = torch.zeros(LAYERS, 2, device="cuda", dtype=torch.int32)
-        self.table = ops.cache_table(self.keys, self.values)
+        self.staged = [
+            (list(key), list(value))
+            for key, value in zip(self.staged_key, self.staged_value, strict=True)
+        ]
+        self.tables = [ops.cache_table(self.keys, self.values, *rows) for rows in self.staged]
         requests = max(1, rows // DRAFTS)
         self.drafts = torch.full((requests,), DRAFTS, device="cuda", dtype=torch.int32)
         self.accepted = torch.ones(requests, device="cuda", dtype=torch.int32)
@@ -72,10 +76,10 @@ class Writes:
 
     def commit(self, mask: Tensor) -> None:
         """The rows in `mask`, all layers."""
-        for key, value, slots in zip(self.staged_key, self.staged_value, self.slots, strict=True):
+        for rows, table, slots in zip(self.staged, self.tables, self.slots, strict=True):
             ops.commit_kv(
-                self.keys, self.values, key, value, slots, mask, self.error, self.drafts,
-                self.accepted, self.counters, self.table, LAYERS,
+                self.keys, self.values, *rows, slots, mask, self.error, self.drafts,
+                self.accepted, self.counters, table, LAYERS,
             )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
-"""Launcher of `accept_mask`: one program, vectorised over requests x positions.
+"""Launchers of `accept_mask` and of `judge`, which share how a request's drafts are judged.
 
-One program, because `mismatch` is a reduction over all requests that has to be zero without a
-second launch to clear it; a batch of 256 requests with up to 16 drafts is one pass.
+NOTE [addresses]: the judge gets its tensors as integers, addresses with a bit that says whether
+the elements are int64. One compiled kernel then serves every dtype, stride and count that an engine
+may come with, so that no step waits for a compiler, and integers are the cheapest arguments of a
+launch. The caller holds the tensors until the launch is enqueued, as for any other argument.
 """
 
 from __future__ import annotations
@@ -12,12 +14,89 @@ import triton.language as tl
 from torch import Tensor
 
 from nwor_compile.ops.kernels.launch import on_device
+from nwor_compile.ops.scv import Verdict
 
 _MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
-_TILE = 4096  # requests x positions a pass
-
+_TILE = 4096  # requests x positions a pass of `accept_mask`
+_JUDGED = 64  # requests a program of the judge
 
 _NEVER = tl.constexpr(0x7FFFFFFF)  # a position past every draft
+
+# Bits of the judge's `flags`.
+_WIDE_SAMPLED, _WIDE_DRAFTS, _WIDE_COUNT, _WIDE_REJECTED = (tl.constexpr(1 << i) for i in range(4))
+_HAS_COUNT, _HAS_REJECTED = tl.constexpr(16), tl.constexpr(32)
+
+
+@triton.jit
+def _load_ids(words, index, wide, mask):
+    """Elements `index` (int64) of int32 or, if `wide`, int64 memory at an int32 pointer, as int64.
+
+    Zero where `mask` is not set.
+    """
+    place = words + index * (1 + wide)
+    low = tl.load(place, mask=mask, other=0)
+    high = tl.load(place + wide, mask=mask & (wide > 0), other=0)
+    high = tl.where(wide > 0, high, low >> 31)
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _leading_ids(ids, wide, real, columns, s_column, R: tl.constexpr, K: tl.constexpr):
+    """int32 `[R]`: how many ids stand before the first placeholder (a negative one)."""
+    position = tl.arange(0, K)[None, :]
+    count = tl.zeros([R], tl.int32) + columns
+    for j in range(0, columns, K):
+        column = j + position
+        inside = real[:, None] & (column < columns)
+        sampled = _load_ids(ids, column.to(tl.int64) * s_column, wide, inside)
+        placeholder = tl.where(inside & (sampled < 0), column, columns)
+        count = tl.minimum(count, tl.min(placeholder, axis=1))
+    return count
+
+
+@triton.jit
+def _accept(
+    ids, wide_ids, draft_ids, wide_drafts, mask, real, start, drafts, count, rows,
+    s_column, s_draft, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Judge the drafts of R requests and write their part of the mask.
+
+    Args:
+        ids: int32 pointers `[R, 1]`, each to the sampled ids of a request.
+        real, start, drafts, count: `[R]`: is a request, its first draft, its drafts, its sampled
+            ids (at most the columns there are).
+        rows: ids in `draft_ids`; a draft behind them neither matches nor fails.
+    Returns:
+        accepted drafts, and 1 where fewer drafts match than the sampler accepted; int32 `[R]`.
+    """
+    position = tl.arange(0, K)[None, :]
+    # The matching prefix ends at the first position that fails.
+    longest = tl.max(drafts, axis=0)
+    prefix = drafts
+    for j in range(0, longest, K):
+        column = j + position
+        row = start[:, None] + column
+        owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
+        inside = owned & (column < count[:, None])
+        sampled = _load_ids(ids, column.to(tl.int64) * s_column, wide_ids, inside)
+        draft = _load_ids(draft_ids, row.to(tl.int64) * s_draft, wide_drafts, inside)
+        fails = owned & ((sampled != draft) | (column >= count[:, None]))
+        prefix = tl.minimum(prefix, tl.min(tl.where(fails, column, _NEVER), axis=1))
+    taken = tl.maximum(tl.minimum(prefix, count - 1), 0)
+    for j in range(0, longest, K):
+        column = j + position
+        row = start[:, None] + column
+        owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
+        tl.store(mask + row, (column < taken[:, None]).to(tl.uint8), mask=owned)
+    return taken, (real & (prefix < count - 1)).to(tl.int32)
+
+
+@triton.jit
+def _refuse(mask, first, rows, BLOCK: tl.constexpr):
+    """Rows `[first, rows)` of the mask, which no request owns."""
+    for low in range(first, rows, BLOCK):
+        row = low + tl.arange(0, BLOCK)
+        tl.store(mask + row, tl.zeros([BLOCK], tl.uint8), mask=row < rows)
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
@@ -26,9 +105,13 @@ def _accept_kernel(
     sampled_ids, draft_ids, cu_num_drafts, num_sampled, mask, accepted, mismatch,
     requests, columns, rows,
     s_request, s_column, s_draft, s_cu, s_count,
-    HAS_COUNT: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    WIDE_SAMPLED: tl.constexpr, WIDE_DRAFTS: tl.constexpr, HAS_COUNT: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    position = tl.arange(0, K)[None, :]
+    """One program, because `mismatch` is a reduction over all requests that has to be zero without
+    a second launch to clear it."""
+    sampled_ids = sampled_ids.to(mismatch.dtype)  # int32 words; see `_load_ids`
+    draft_ids = draft_ids.to(mismatch.dtype)
     disagree = tl.zeros([R], tl.int32)
     for first in range(0, requests, R):
         request = first + tl.arange(0, R)
@@ -36,52 +119,126 @@ def _accept_kernel(
         end = tl.load(cu_num_drafts + request * s_cu, mask=real, other=0).to(tl.int32)
         before = real & (request > 0)
         start = tl.load(cu_num_drafts + (request - 1) * s_cu, mask=before, other=0).to(tl.int32)
-        drafts = end - start
-        ids = sampled_ids + request.to(tl.int64)[:, None] * s_request
-
-        # How many ids the sampler gave: said, or those before the first placeholder.
+        ids = sampled_ids + (request.to(tl.int64)[:, None] * s_request) * (1 + WIDE_SAMPLED)
         if HAS_COUNT:
             count = tl.load(num_sampled + request * s_count, mask=real, other=0)
             count = tl.minimum(tl.maximum(count, 0), columns).to(tl.int32)
         else:
-            count = tl.zeros([R], tl.int32) + columns
-            for j in range(0, columns, K):
-                column = j + position
-                inside = real[:, None] & (column < columns)
-                sampled = tl.load(ids + column * s_column, mask=inside, other=0)
-                placeholder = tl.where(inside & (sampled < 0), column, columns)
-                count = tl.minimum(count, tl.min(placeholder, axis=1))
-
-        # The matching prefix ends at the first position that fails.
-        longest = tl.max(drafts, axis=0)
-        prefix = drafts
-        for j in range(0, longest, K):
-            column = j + position
-            row = start[:, None] + column
-            owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
-            inside = owned & (column < count[:, None])
-            sampled = tl.load(ids + column * s_column, mask=inside, other=0).to(tl.int64)
-            draft = tl.load(draft_ids + row * s_draft, mask=inside, other=0).to(tl.int64)
-            fails = owned & ((sampled != draft) | (column >= count[:, None]))
-            prefix = tl.minimum(prefix, tl.min(tl.where(fails, column, _NEVER), axis=1))
-
-        taken = tl.maximum(tl.minimum(prefix, count - 1), 0)
+            count = _leading_ids(ids, WIDE_SAMPLED, real, columns, s_column, R, K)
+        taken, wrong = _accept(
+            ids, WIDE_SAMPLED, draft_ids, WIDE_DRAFTS, mask, real, start, end - start, count, rows,
+            s_column, s_draft, R, K,
+        )  # fmt: skip
         tl.store(accepted + request, taken, mask=real)
-        disagree = tl.maximum(disagree, (real & (prefix < count - 1)).to(tl.int32))
-        for j in range(0, longest, K):
-            column = j + position
-            row = start[:, None] + column
-            owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
-            tl.store(mask + row, (column < taken[:, None]).to(tl.uint8), mask=owned)
+        disagree = tl.maximum(disagree, wrong)
     tl.store(mismatch, tl.max(disagree, axis=0))
-
-    # Rows that no request owns.
     total = 0
     if requests > 0:
         total = tl.load(cu_num_drafts + (requests - 1) * s_cu).to(tl.int32)
-    for first in range(total, rows, R * K):
-        row = first + tl.arange(0, R * K)
-        tl.store(mask + row, tl.zeros([R * K], tl.uint8), mask=row < rows)
+    _refuse(mask, total, rows, R * K)
+
+
+@triton.jit
+def _layer_faults(
+    staged, state, layers, max_requests, COUNT_MISMATCH: tl.constexpr, OVERFLOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Error bits: a layer that staged another number of rows, or met one too many."""
+    expected = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, max_requests, BLOCK):
+        request = first + tl.arange(0, BLOCK)
+        expected += tl.load(staged + request, mask=request < max_requests, other=0)
+    total = tl.sum(expected, axis=0)
+    found = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, layers, BLOCK):
+        layer = first + tl.arange(0, BLOCK)
+        here = layer < layers
+        count = tl.load(state + 2 * layer, mask=here, other=0)
+        over = tl.load(state + 2 * layer + 1, mask=here, other=0)
+        found |= tl.where(here & (count != total), COUNT_MISMATCH, 0)
+        found |= tl.where(over != 0, OVERFLOW, 0)
+    uneven = tl.max(found & COUNT_MISMATCH, axis=0)
+    return uneven | tl.max(found & OVERFLOW, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sampled_ids", "draft_ids", "num_sampled", "num_rejected", "drafts", "staged", "state",
+        "mask", "numbers", "flags", "requests", "columns", "ids", "room", "rows", "layers",
+        "max_requests", "s_request", "s_column", "s_draft", "s_count", "s_rejected",
+    ]
+)  # fmt: skip
+def _judge_kernel(
+    error, sampled_ids, draft_ids, num_sampled, num_rejected, drafts, staged, state, mask, numbers,
+    flags, requests, columns, ids, room, rows, layers, max_requests,
+    s_request, s_column, s_draft, s_count, s_rejected,
+    ID_MISMATCH: tl.constexpr, COUNT_MISMATCH: tl.constexpr, OVERFLOW: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i judges requests `[i * R, (i + 1) * R)`; the last one also fills what is behind them
+    and the first also looks at the layers. They meet in the error flag, which only gains bits."""
+    sampled_ids = sampled_ids.to(error.dtype)  # see NOTE [addresses]
+    draft_ids = draft_ids.to(error.dtype)
+    num_sampled = num_sampled.to(error.dtype)
+    num_rejected = num_rejected.to(error.dtype)
+    drafts = drafts.to(error.dtype)
+    staged = staged.to(error.dtype)
+    state = state.to(error.dtype)
+    numbers = numbers.to(error.dtype)
+    mask = mask.to(tl.pointer_type(tl.uint8))
+    wide_sampled = (flags & _WIDE_SAMPLED != 0).to(tl.int32)
+    wide_drafts = (flags & _WIDE_DRAFTS != 0).to(tl.int32)
+    wide_count = (flags & _WIDE_COUNT != 0).to(tl.int32)
+    wide_rejected = (flags & _WIDE_REJECTED != 0).to(tl.int32)
+
+    program = tl.program_id(0)
+    begin = program * R
+    request = begin + tl.arange(0, R)
+    real = request < requests
+    wide_request = request.to(tl.int64)
+    own = tl.load(drafts + request, mask=real, other=0)
+    earlier = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, begin, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        earlier += tl.load(drafts + other, mask=other < begin, other=0)
+    before = tl.sum(earlier, axis=0)
+    start = before + tl.cumsum(own, axis=0) - own
+    total = before + tl.sum(own, axis=0)
+
+    at = sampled_ids + (wide_request[:, None] * s_request) * (1 + wide_sampled)
+    rejected = _load_ids(
+        num_rejected, wide_request * s_rejected, wide_rejected, real & (flags & _HAS_REJECTED != 0)
+    ).to(tl.int32)
+    if flags & _HAS_COUNT != 0:
+        said = _load_ids(num_sampled, wide_request * s_count, wide_count, real)
+        count = tl.minimum(tl.maximum(said, 0), columns).to(tl.int32)
+        said = said.to(tl.int32)
+    else:
+        count = _leading_ids(at, wide_sampled, real, columns, s_column, R, K)
+        said = count
+    taken, wrong = _accept(
+        at, wide_sampled, draft_ids, wide_drafts, mask, real, start, own, count, ids,
+        s_column, s_draft, R, K,
+    )  # fmt: skip
+    tl.store(numbers + request, taken, mask=real)
+    tl.store(numbers + room + request, said, mask=real)
+    tl.store(numbers + 2 * room + request, rejected, mask=real)
+    bits = tl.max(wrong, axis=0) * ID_MISMATCH
+
+    if program == tl.num_programs(0) - 1:
+        # Drafts without an id would count as accepted, and their rows would be lost.
+        bits |= tl.where(total > ids, ID_MISMATCH, 0)
+        _refuse(mask, tl.minimum(total, ids), rows, BLOCK)
+        for first in range(requests, room, BLOCK):
+            nobody = first + tl.arange(0, BLOCK)
+            zero = tl.zeros([BLOCK], tl.int32)
+            tl.store(numbers + nobody, zero, mask=nobody < room)
+            tl.store(numbers + room + nobody, zero, mask=nobody < room)
+            tl.store(numbers + 2 * room + nobody, zero, mask=nobody < room)
+    if program == 0:
+        bits |= _layer_faults(staged, state, layers, max_requests, COUNT_MISMATCH, OVERFLOW, BLOCK)
+    if bits != 0:
+        tl.atomic_or(error, bits, sem="relaxed")
 
 
 def accept_mask(
@@ -105,7 +262,58 @@ def accept_mask(
             requests, columns, rows,
             *sampled_ids.stride(), draft_ids.stride(0), cu_num_drafts.stride(0),
             0 if num_sampled is None else num_sampled.stride(0),
+            WIDE_SAMPLED=int(sampled_ids.dtype == torch.int64),
+            WIDE_DRAFTS=int(draft_ids.dtype == torch.int64),
             HAS_COUNT=num_sampled is not None, R=block, K=positions,
             num_warps=8 if block * positions >= 1024 else 4,
         )  # fmt: skip
     return mask, accepted, mismatch
+
+
+def judge(
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+    drafts: Tensor,
+    staged: Tensor,
+    state: Tensor,
+    error: Tensor,
+    verdict: Verdict,
+    *,
+    max_drafts: int,
+    id_mismatch: int,
+    count_mismatch: int,
+    overflow: int,
+) -> None:
+    """`nwor_compile.ops.scv.judge` in one launch."""
+    requests, columns = sampled_ids.shape
+    wide, flags = torch.int64, 0
+    flags |= _WIDE_SAMPLED.value * (sampled_ids.dtype == wide)
+    flags |= _WIDE_DRAFTS.value * (draft_ids.dtype == wide)
+    # Addresses that are not used must still look like addresses: 0 would be another type.
+    somewhere = error.data_ptr()
+    count = rejected = somewhere
+    s_count = s_rejected = 0
+    if num_sampled is not None:
+        flags |= _HAS_COUNT.value | _WIDE_COUNT.value * (num_sampled.dtype == wide)
+        count, s_count = num_sampled.data_ptr(), num_sampled.stride(0)
+    if num_rejected is not None:
+        flags |= _HAS_REJECTED.value | _WIDE_REJECTED.value * (num_rejected.dtype == wide)
+        rejected, s_rejected = num_rejected.data_ptr(), num_rejected.stride(0)
+    s_request, s_column = sampled_ids.stride()
+    mask = verdict.mask
+    # Of the window alone, so that no step has to compile.
+    positions = min(_MAX_POSITIONS, 1 << max_drafts.bit_length())
+    with on_device(error):
+        _judge_kernel[(max(1, (requests + _JUDGED - 1) // _JUDGED),)](
+            error,
+            sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count, rejected,
+            drafts.data_ptr(), staged.data_ptr(), state.data_ptr(), mask.data_ptr() or somewhere,
+            verdict.numbers.data_ptr(),
+            flags, requests, columns, draft_ids.shape[0], verdict.numbers.shape[1], mask.shape[0],
+            state.shape[0], drafts.shape[0], s_request, s_column, draft_ids.stride(0), s_count,
+            s_rejected,
+            ID_MISMATCH=id_mismatch, COUNT_MISMATCH=count_mismatch, OVERFLOW=overflow,
+            R=_JUDGED, K=positions, BLOCK=256,
+        )  # fmt: skip

@@ -179,9 +179,10 @@ def test_commit_kv_equals_the_reference(
         keys, values = [k for k, _ in caches], [v for _, v in caches]
         counters = torch.zeros(ops.counter_size(8), dtype=torch.int64, device="cuda")
         flag = torch.tensor([error], dtype=torch.int32, device="cuda")
-        table = ops.cache_table(keys, values)
+        staged = list(staged_key), list(staged_value)
+        table = ops.cache_table(keys, values, *staged)
         ops.commit_kv(
-            keys, values, staged_key, staged_value, slots, mask, flag, drafts, accepted, counters,
+            keys, values, *staged, slots, mask, flag, drafts, accepted, counters,
             table, layers,
         )  # fmt: skip
         return (*keys, *values, counters)
@@ -285,7 +286,7 @@ def test_every_op_over_a_big_cache_of_more_than_2_31_elements(rng: torch.Generat
     flat = key_cache.view(-1, HEADS, SIZE), value_cache.view(-1, HEADS, SIZE)
     assert same_bits(flat[0][slots], rows)
     ops.commit_kv(
-        [key_cache], [value_cache], -rows.unsqueeze(0), rows.unsqueeze(0), slots - 1,
+        [key_cache], [value_cache], [-rows], [rows], slots - 1,
         torch.ones(3, dtype=torch.bool, device="cuda"),
         torch.zeros(1, dtype=torch.int32, device="cuda"),
         torch.tensor([3], device="cuda"), torch.tensor([3], device="cuda"),
@@ -372,7 +373,8 @@ class Pool:
         )
         self.state = torch.zeros(LAYERS, 2, dtype=torch.int32, device="cuda")
         self.counters = torch.zeros(ops.counter_size(DRAFTS), dtype=torch.int64, device="cuda")
-        self.table = ops.cache_table([*self.keys], [*self.values])
+        self.lists = ([*self.keys], [*self.values], [*self.staged_key], [*self.staged_value])
+        self.table = ops.cache_table(*self.lists)
 
     def window(self, s: Step) -> tuple[Tensor, ...]:
         outs = []
@@ -389,8 +391,8 @@ class Pool:
         mask, accepted, mismatch = ops.accept_mask(s.sampled_ids, s.draft_ids, s.cu_num_drafts)
         error = self.state[:, 1].amax().view(1)
         ops.commit_kv(
-            [*self.keys], [*self.values], self.staged_key, self.staged_value, s.draft_slots, mask,
-            error, s.num_drafts, accepted, self.counters, self.table, LAYERS,
+            *self.lists, s.draft_slots, mask, error, s.num_drafts, accepted, self.counters,
+            self.table, LAYERS,
         )  # fmt: skip
         return (*outs, mask, accepted, mismatch)
 
