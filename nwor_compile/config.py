@@ -25,6 +25,9 @@ class NworConfig(BaseModel):
         and plain launches by size, timed at warm-up.
     strict: a cache write that cannot be staged safely raises instead of staying direct.
     debug: log every window, one step late.
+    attention: which kernel verifies in vLLM on a GPU. `stock` is vLLM's own, which reads staged
+        rows by a redirected block table and gives what it gives on direct writes, bit for bit;
+        `fused` this package's; `auto` the fused one for the few shapes where it is faster.
     poison: fill open draft slots of the cache until commit: `nan`, or `large` (a large finite
         value) for kernels that multiply masked values.
     """
@@ -35,6 +38,7 @@ class NworConfig(BaseModel):
     scv: Literal["off", "graph", "adaptive"] = "graph"
     strict: bool = False
     debug: bool = False
+    attention: Literal["auto", "stock", "fused"] = "auto"
     poison: Literal["off", "nan", "large"] = "off"
 
     @classmethod

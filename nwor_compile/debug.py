@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nwor_compile.routing import describe_error
+from nwor_compile.ops.error_bits import describe_error
 from nwor_compile.scv import Committed, WindowTensors
 
 log = logging.getLogger("nwor_compile")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,32 +14,45 @@ from torch import Tensor
 from nwor_compile.errors import StagingAllocationError, WindowInputError
 from nwor_compile.ops import cache_table
 from nwor_compile.ops.layout import check_cache, check_dtype, logical_key, logical_value
+from nwor_compile.tail_blocks import TailBlocks, tail_rows
 
 Caches = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """Layers of equal geometry that share one slot mapping, staged in one block of memory.
+    """Layers of equal geometry that share one slot mapping.
 
-    staged_key, staged_value: `[layers, capacity, kv_heads, head_size]`. state: int32 `[layers, 2]`,
-    a view of the window's. slots: int64 `[capacity + 1]`, shared by the slot group.
+    staged_keys, staged_values: one `[rows, kv_heads, head_size]` a layer, of equal strides; views
+    of the caches' own tail blocks where there are such. state: int32 `[layers, 2]`, a view of the
+    window's. slots: int64 `[capacity + 1]`, shared by the slot group, in the order of the drafts.
+    table: addresses of caches and staging, see `nwor_compile.ops.cache_table`.
     """
 
     group: str
     names: tuple[str, ...]
     key_caches: list[Tensor]
     value_caches: list[Tensor]
-    staged_key: Tensor
-    staged_value: Tensor
+    staged_keys: list[Tensor]
+    staged_values: list[Tensor]
     state: Tensor
     slots: Tensor
     table: Tensor
 
+    @functools.cached_property
+    def aligned(self) -> bool:
+        """Whether every head of every cache begins at a multiple of 16 bytes."""
+        caches = (*self.key_caches, *self.value_caches)
+        bytes_ = [
+            step * cache.element_size() for cache in caches[:: len(self.key_caches)]
+            for step in cache.stride() if step != 1
+        ]  # fmt: skip
+        return all(n % 16 == 0 for n in (*bytes_, *(cache.data_ptr() for cache in caches)))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one token row, K and V, over the layers of this batch."""
-        per_layer = self.staged_key[0, 0].numel() * self.staged_key.element_size()
+        per_layer = self.staged_keys[0][0].numel() * self.staged_keys[0].element_size()
         return 2 * per_layer * len(self.names)
 
 
@@ -55,17 +69,24 @@ def staging_bytes(
 
 
 def build_batches(
-    layers: Caches, groups: Mapping[str, str], capacity: int, state: Tensor
+    layers: Caches,
+    groups: Mapping[str, str],
+    capacity: int,
+    state: Tensor,
+    tail: TailBlocks | None = None,
+    tail_blocks: int = 0,
 ) -> list[LayerBatch]:
-    """Sort `layers` into batches and allocate their staging.
+    """Sort `layers` into batches and allocate their staging, or find it in their tail blocks.
 
     Args:
         layers: name to (key cache, value cache).
         groups: name to slot group, for layers that are not in the default group `kv`.
-        capacity: staging rows a layer.
+        capacity: drafts of a step; without tail blocks, staging rows a layer.
         state: int32 `[len(layers), 2]`; each batch takes a slice.
+        tail: where the tail blocks begin, and tail_blocks: how many each layer has.
     Raises:
         StagingAllocationError: out of memory, with the bytes asked for.
+        WindowInputError: a cache without those tail blocks.
     """
     buckets: dict[tuple[object, ...], list[str]] = {}
     for name, (key, value) in layers.items():
@@ -78,18 +99,23 @@ def build_batches(
         group = str(bucket[0])
         keys = [layers[name][0] for name in names]
         values = [layers[name][1] for name in names]
-        staged_key, staged_value = _allocate(keys[0], values[0], len(names), capacity)
+        if tail is None:
+            staged_keys, staged_values = _allocate(keys[0], values[0], len(names), capacity)
+        else:
+            first_block = tail.first[group]
+            staged_keys = [tail_rows(cache, first_block, tail_blocks) for cache in keys]
+            staged_values = [tail_rows(cache, first_block, tail_blocks) for cache in values]
         batches.append(
             LayerBatch(
                 group=group,
                 names=tuple(names),
                 key_caches=keys,
                 value_caches=values,
-                staged_key=staged_key,
-                staged_value=staged_value,
+                staged_keys=staged_keys,
+                staged_values=staged_values,
                 state=state[first : first + len(names)],
                 slots=slots[group],
-                table=cache_table(keys, values),
+                table=cache_table(keys, values, staged_keys, staged_values),
             )
         )
         first += len(names)
@@ -110,7 +136,7 @@ def _allocate_slots(
 
 def _allocate(
     key_cache: Tensor, value_cache: Tensor, layers: int, capacity: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     heads = logical_key(key_cache).shape[2]
     size = logical_value(key_cache, value_cache).shape[3]
     shape = (layers, capacity, heads, size)
@@ -119,8 +145,8 @@ def _allocate(
     with _typed_out_of_memory(what, wanted, key_cache.device):
         # Zeros, not empty: a row that was never staged must not read as NaN under a mask.
         return (
-            torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device),
-            torch.zeros(shape, dtype=value_cache.dtype, device=value_cache.device),
+            list(torch.zeros(shape, dtype=key_cache.dtype, device=key_cache.device)),
+            list(torch.zeros(shape, dtype=value_cache.dtype, device=value_cache.device)),
         )
 
 

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from nwor_compile.groups import LayerBatch
 from nwor_compile.ops import reshape_and_cache
+from nwor_compile.ops.error_bits import EARLY_WRITE
 from nwor_compile.ops.layout import FLOAT_DTYPES, decode, logical_key, logical_value
-from nwor_compile.routing import EARLY_WRITE
 
 LARGE = 3.0e4  # finite in every cache dtype but fp8 e4m3, where it saturates to 448
 
 
 def _marker(batch: LayerBatch, poison: str) -> Tensor:
     """One poison row for each staging row, in a dtype that `reshape_and_cache` takes."""
-    stored = batch.staged_key.dtype
+    staged = batch.staged_keys[0]
+    stored = staged.dtype
     dtype = stored if stored in FLOAT_DTYPES else torch.float32
     fill = float("nan") if poison == "nan" else LARGE
-    return torch.full(batch.staged_key.shape[1:], fill, dtype=dtype, device=batch.staged_key.device)
+    shape = (batch.slots.shape[0] - 1, *staged.shape[1:])
+    return torch.full((1, *shape[1:]), fill, dtype=dtype, device=staged.device).expand(shape)
 
 
 def poison_open_slots(batches: Sequence[LayerBatch], poison: str, kv_cache_dtype: str) -> None:

@@ -1,37 +1,51 @@
 """Which tokens of a step are drafts, and where their rows go: computed on the device.
 
 A verify span is one or more certain tokens followed by the request's drafts. Draft j of request r
-goes to staging row `tail_start[r] + j`, request after request; every other token is certain.
+goes to staging row `tail_start[r] + j`; every other token is certain.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nwor_compile.ops.counters import COUNTERS
+from nwor_compile.ops.error_bits import (  # noqa: F401
+    BAD_COUNTS,
+    COUNT_MISMATCH,
+    EARLY_WRITE,
+    ID_MISMATCH,
+    OVERFLOW,
+)
 from nwor_compile.ops.library import Launcher
 from nwor_compile.ops.staging import Routing
 
-# Bits of the window's error flag.
-OVERFLOW = 1  # more drafts than staging rows, or a layer met a draft without a row
-BAD_COUNTS = 2  # a negative count, more drafts than max_drafts, or no certain token before them
-COUNT_MISMATCH = 4  # a layer staged another number of rows than the window has drafts
-ID_MISMATCH = 8  # sampled ids and counts contradict the drafts
-EARLY_WRITE = 16  # poison mode: a draft slot was written before its commit
 
-ERROR_NAMES = {
-    OVERFLOW: "staging overflow",
-    BAD_COUNTS: "impossible draft counts",
-    COUNT_MISMATCH: "layers staged different numbers of rows",
-    ID_MISMATCH: "sampled ids contradict the drafts",
-    EARLY_WRITE: "a draft slot was written before its commit",
-}
+class TailRows(NamedTuple):
+    """Staging rows in tail blocks: each request of a step has `rows` of its own, whole blocks of
+    `block_size`, and a draft has the place in its block that it will have in the cache."""
+
+    block_size: int
+    rows: int
 
 
-def describe_error(bits: int) -> str:
-    """The error flag in words; empty for 0."""
-    return ", ".join(text for bit, text in ERROR_NAMES.items() if bits & bit)
+class Kept(NamedTuple):
+    """What a window notes for its commit when it opens.
+
+    drafts: int32 `[max_requests]`, a copy of the routing's draft counts. error: int32 `[1]`.
+    state: int32 `[layers, 2]`, zeroed. counters: int64. rows: int32 `[capacity]`, staging row of
+    each draft, or None where draft n has row n. draft_ids: int64 `[capacity]` or None. The last two
+    are 0 past the step's drafts.
+    """
+
+    drafts: Tensor
+    error: Tensor
+    state: Tensor
+    counters: Tensor
+    rows: Tensor | None = None
+    draft_ids: Tensor | None = None
 
 
 def allocate_routing(max_tokens: int, max_requests: int, device: torch.device) -> Routing:
@@ -49,16 +63,21 @@ def clear(routing: Routing) -> None:
     routing.num_drafts.zero_()
 
 
-def route(
-    routing: Routing,
+def begin_rows(
     num_drafts: Tensor,
     query_start_loc: Tensor,
+    slot_mappings: list[Tensor],
+    routing: Routing,
+    kept: Kept,
+    slots: list[Tensor],
     *,
-    has_slots: Tensor,
     max_drafts: int,
-    capacity: int,
-) -> Tensor:
-    """Fill `routing` for one step; return the error bits as an int32 `[1]` tensor.
+    staging_rows: int,
+    tail: TailRows | None = None,
+    seq_lens: Tensor | None = None,
+    token_ids: Tensor | None = None,
+) -> None:
+    """What a window does when it opens; the specification of the kernel of this name.
 
     Impossible counts leave every request without a tail. The tokens that were said to be drafts
     then get a staging row that does not exist, and so go nowhere: a draft row may not reach the
@@ -66,106 +85,70 @@ def route(
     does not say which tokens are drafts; all tokens of that request are certain.
 
     Args:
-        num_drafts: `[R]` integer, R <= max_requests.
+        num_drafts: `[R]` integer, 1 <= R <= max_requests.
         query_start_loc: `[R + 1]` integer, R of `num_drafts`; tokens past the last are padding.
-        has_slots: bool scalar; False for a warm-up step, which has no drafts whatever its counts.
-        max_drafts: most drafts a request may have.
-        capacity: staging rows there are.
+        slot_mappings: one `[T]` integer a slot group. A step whose first mapping has no slot at
+            all is a warm-up step, which has no drafts whatever its counts.
+        routing: its tensors are filled.
+        kept: what the commit needs, written whole; `certain` rows are added to its counters.
+        slots: one int64 `[capacity + 1]` a slot group, overwritten: the slots of the drafts in
+            their order, -1 behind them. An engine may overwrite its slot mapping before the commit
+            (a drafter does), so the window keeps its own.
+        max_drafts: most drafts a request may have; capacity of `slots`, of a step.
+        staging_rows: staging rows there are.
+        tail: None, and draft n of the step is staged at row n; or see `TailRows`, with
+        seq_lens: `[R]` integer, tokens of each request, this step's among them.
+        token_ids: `[>= T]` integer or None: the step's tokens, of which `kept.draft_ids` takes the
+            drafts'.
     """
-    requests = num_drafts.shape[0]
+    requests, device = num_drafts.shape[0], routing.row_map.device
+    first, capacity = slot_mappings[0], slots[0].shape[0] - 1
     starts = query_start_loc.long()
     spans = starts[1:] - starts[:-1]
-    counts = torch.where(has_slots, num_drafts.long(), 0)
+    counts = torch.where((first >= 0).any(), num_drafts.long(), 0)
     # With no drafts a span may be empty; with drafts a certain token must precede them.
     contradicted = (counts < 0) | ((counts > 0) & (counts >= spans))
+    place = torch.zeros_like(counts)  # of a request's first draft in its tail rows
+    if tail is not None and seq_lens is not None:
+        contradicted |= (counts > 0) & (seq_lens < spans)
+        place = (seq_lens.long() - counts).clamp(min=0) % tail.block_size
     bad = (contradicted | (counts > max_drafts)).any()
     overflow = counts.clamp(min=0).sum() > capacity
     flagged = bad | overflow
     drafts = torch.where(contradicted, 0, counts)
-    tails = drafts.cumsum(0) - drafts
+    order = drafts.cumsum(0) - drafts
+    tails = order if tail is None else torch.arange(requests, device=device) * tail.rows + place
 
-    token = torch.arange(routing.row_map.shape[0], device=routing.row_map.device)
+    token = torch.arange(routing.row_map.shape[0], device=device)
     owner = torch.searchsorted(starts[1:], token, right=True).clamp(max=requests - 1)
     draft = token - (starts[owner + 1] - drafts[owner])
-    is_draft = (token < starts[requests]) & (draft >= 0)
-    row = torch.where(flagged, capacity, tails[owner] + draft)
-    routing.row_map.copy_(torch.where(is_draft, row, -1))
+    inside = (token >= starts[owner]) & (token < starts[requests])
+    is_draft = inside & (draft >= 0)
+    row = tails[owner] + draft
+    # Certain rows in the block of the first draft: attention reads that block from the tail.
+    mirrored = inside & (draft < 0) & (-draft <= place[owner]) & (drafts[owner] > 0) & ~flagged
+    code = torch.where(mirrored, -row - 2, -1)
+    routing.row_map.copy_(torch.where(is_draft, torch.where(flagged, staging_rows, row), code))
     routing.num_drafts.zero_()
     routing.num_drafts[:requests].copy_(torch.where(flagged, 0, drafts))
     routing.tail_start.zero_()
     routing.tail_start[:requests].copy_(tails)
-    bits = bad.to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW
-    return bits.view(1)
 
-
-def snapshot_slots(slots: Tensor, row_map: Tensor, slot_mapping: Tensor) -> None:
-    """Copy the slots of the draft rows out of the step's slot mapping.
-
-    The engine may overwrite its slot mapping before the commit (a drafter does), so the window
-    keeps its own.
-
-    Args:
-        slots: int64 `[capacity + 1]`, overwritten; -1 for rows that are not in use. The last entry
-            takes the tokens without a staging row and means nothing.
-        row_map: `[max_tokens]`.
-        slot_mapping: `[T <= max_tokens]`.
-    """
-    tokens = slot_mapping.shape[0]
-    row = row_map[:tokens].long()
-    last = slots.shape[0] - 1
-    slots.fill_(-1)
-    slots.scatter_(0, torch.where(row >= 0, row, last), slot_mapping.long())
-    slots[last:].fill_(-1)
-
-
-def begin_rows(
-    num_drafts: Tensor,
-    query_start_loc: Tensor,
-    slot_mappings: list[Tensor],
-    row_map: Tensor,
-    out_drafts: Tensor,
-    tail_start: Tensor,
-    drafts_kept: Tensor,
-    error: Tensor,
-    state: Tensor,
-    counters: Tensor,
-    slots: list[Tensor],
-    *,
-    max_drafts: int,
-    capacity: int,
-    bad_counts: int,
-    overflow: int,
-) -> None:
-    """What a window does when it opens; the specification of the kernel of this name.
-
-    Args:
-        num_drafts, query_start_loc: as for `route`.
-        slot_mappings: one `[T]` a slot group; whether the step has slots is asked of the first.
-        row_map, out_drafts, tail_start: the routing that is filled.
-        drafts_kept: int32 `[max_requests]`, a copy of `out_drafts`.
-        error: int32 `[1]`, overwritten. state: int32, zeroed. counters: int64, to which the certain
-            rows are added.
-        slots: one a slot group, as for `snapshot_slots`.
-        max_drafts, capacity: as for `route`. bad_counts, overflow: bits of the error flag.
-    """
-    routing = Routing(row_map, out_drafts, tail_start)
-    first = slot_mappings[0]
-    bits = route(
-        routing,
-        num_drafts,
-        query_start_loc,
-        has_slots=(first >= 0).any(),
-        max_drafts=max_drafts,
-        capacity=capacity,
-    )
-    del bad_counts, overflow  # `route` has them
-    state.zero_()
-    error.copy_(bits)
-    drafts_kept.copy_(out_drafts)
-    for mapping, kept in zip(slot_mappings, slots, strict=True):
-        snapshot_slots(kept, row_map, mapping)
-    certain = (first >= 0) & (row_map[: first.shape[0]] < 0)
-    counters[COUNTERS["certain"]] += certain.sum()
+    kept.state.zero_()
+    kept.error.copy_(bad.to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW)
+    kept.drafts.copy_(routing.num_drafts)
+    tokens = first.shape[0]
+    index = torch.where(is_draft & ~flagged, order[owner] + draft, capacity)[:tokens]
+    for mapping, own in zip(slot_mappings, slots, strict=True):
+        own.fill_(-1)
+        own.scatter_(0, index, mapping.long())
+        own[capacity:].fill_(-1)
+    for values, target in ((row, kept.rows), (token_ids, kept.draft_ids)):
+        if values is not None and target is not None:
+            full = torch.zeros(capacity + 1, dtype=target.dtype, device=device)
+            target.copy_(full.scatter_(0, index, values[:tokens].to(target.dtype))[:capacity])
+    certain = (first >= 0) & (routing.row_map[:tokens] < 0)
+    kept.counters[COUNTERS["certain"]] += certain.sum()
 
 
 BEGIN = Launcher(begin_rows, "begin:begin_rows")

@@ -11,6 +11,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ from nwor_compile.ops.staging import (
     window_opened,
 )
 from nwor_compile.poison import poison_open_slots, touched_early
-from nwor_compile.routing import BAD_COUNTS, BEGIN, OVERFLOW, allocate_routing, clear
+from nwor_compile.routing import BEGIN, Kept, allocate_routing, clear
 from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
+from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of
 
 log = logging.getLogger("nwor_compile")
 
@@ -59,7 +61,7 @@ class Window:
         layers: name to (key cache, value cache), the target model's layers and no others. Caches
             have one of the forms of `nwor_compile.ops.layout` and must stay where they are.
         max_requests, max_drafts: most requests a step, most drafts a request; staging has
-            `max_requests * max_drafts` rows a layer.
+            `max_requests * max_drafts` rows a layer (with tail blocks, whole blocks of them).
         max_tokens: most tokens a step (prefill included), padding too.
         config: settings; from the environment if None.
         kv_cache_dtype: as for `reshape_and_cache`; poison mode and byte counts need it.
@@ -71,6 +73,8 @@ class Window:
             every commit, before anything is written, with the error flag int32 `[1]`, to leave the
             largest flag of all ranks in it (a MAX all-reduce). Else a fault that one rank alone
             sees would make the ranks commit different rows.
+        tail_blocks: the caches have spare blocks at their ends, and staging lies there, so that
+            stock attention kernels read it by `block_tables`; see `nwor_compile.tail_blocks`.
     Raises:
         WindowInputError, StagingAllocationError, ConfigError, ValueError: nothing stays registered.
     """
@@ -88,6 +92,7 @@ class Window:
         direct_caches: Iterable[Tensor] = (),
         by_name: bool = False,
         share_error: Callable[[Tensor], None] | None = None,
+        tail_blocks: TailBlocks | None = None,
     ) -> None:
         check_sizes(max_requests=max_requests, max_drafts=max_drafts, max_tokens=max_tokens)
         self.config = config if config is not None else NworConfig.load()
@@ -101,7 +106,16 @@ class Window:
         self.fallbacks = 0
         device = next(iter(layers.values()))[0].device
         state = torch.zeros(len(layers), 2, dtype=torch.int32, device=device)
-        batches = build_batches(layers, groups or {}, self.capacity, state)
+        self.redirection, rows = None, None
+        self.staging_rows, blocks = self.capacity, 0
+        if tail_blocks is not None:
+            layout = layout_of(layers, max_drafts)
+            names = dict.fromkeys((groups or {}).get(name, "kv") for name in layers)
+            self.redirection = Redirection(tail_blocks, names, layout, max_requests, device)
+            self.staging_rows = max_requests * layout.rows
+            blocks = self.staging_rows // layout.block_size
+            rows = torch.zeros(self.capacity, dtype=torch.int32, device=device)
+        batches = build_batches(layers, groups or {}, self.capacity, state, tail_blocks, blocks)
         self.tensors = WindowTensors(
             routing=allocate_routing(max_tokens, max_requests, device),
             drafts=torch.zeros(max_requests, dtype=torch.int32, device=device),
@@ -111,6 +125,8 @@ class Window:
             batches=batches,
             staging=self.config.mode == "stage",
             share_error=share_error,
+            rows=rows,
+            draft_ids=torch.zeros(self.capacity, dtype=torch.int64, device=device),
         )
         self.validator = GraphValidator(
             self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
@@ -119,6 +135,7 @@ class Window:
         self._state = State.IDLE
         self._fake = False
         self._requests = 0
+        self._knows_ids = False
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
@@ -143,7 +160,13 @@ class Window:
     @property
     def staging_bytes(self) -> int:
         """Device memory of the staging rows."""
-        return self.capacity * self.row_bytes
+        return self.staging_rows * self.row_bytes
+
+    @property
+    def block_tables(self) -> dict[str, Tensor]:
+        """By slot group, the block tables that stock attention kernels read with tail blocks: int32
+        `[max_requests, columns]`; empty without. Persistent, for CUDA graphs to record."""
+        return {} if self.redirection is None else dict(self.redirection.tables)
 
     @property
     def row_bytes(self) -> int:
@@ -155,6 +178,10 @@ class Window:
         num_drafts: Tensor,
         query_start_loc: Tensor,
         slot_mapping: Tensor | Mapping[str, Tensor],
+        *,
+        block_table: Tensor | Mapping[str, Tensor] | None = None,
+        seq_lens: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> None:
         """Open a window for one forward pass. Enqueues device work only.
 
@@ -164,6 +191,9 @@ class Window:
             query_start_loc: `[R + 1]` integer on the device, first token of each request.
             slot_mapping: `[T]` integer on the device, slot of each token (-1: none), padding
                 included; with several slot groups, one a group name.
+            block_table, seq_lens: needed with tail blocks: int32 `[>= R, columns]`, by group name
+                as above; and `[R]` integer, tokens of each request with this step's.
+            token_ids: `[>= T]` integer, the step's tokens: `commit` then needs no draft ids.
         Raises:
             WindowOrderError: a window is open, or this one was closed.
             WindowInputError: an argument does not fit; nothing changed.
@@ -172,12 +202,19 @@ class Window:
         """
         self._expect(State.IDLE, "begin")
         slots = self._check_begin(num_drafts, query_start_loc, slot_mapping)
+        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        if self.redirection is not None:
+            self.redirection.check(tables, seq_lens)
+        for name, tensor in (("seq_lens", seq_lens), ("token_ids", token_ids)):
+            if tensor is not None:
+                self._check_integer(name, tensor)
+        self._knows_ids = token_ids is not None
         self._fake = isinstance(num_drafts, FakeTensor)
         self._requests = num_drafts.shape[0]
         if not self._fake:
             try:
                 with span("nwor.begin"):
-                    self._route(num_drafts, query_start_loc, slots)
+                    self._route(num_drafts, query_start_loc, slots, tables, seq_lens, token_ids)
             except BaseException:
                 # Half a window would stage the rows of the next forward pass, and lose them.
                 clear(self.tensors.routing)
@@ -186,26 +223,46 @@ class Window:
         self._state = State.OPEN
 
     def commit(
-        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None = None
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None = None,
+        num_sampled: Tensor | None = None,
+        num_rejected: Tensor | None = None,
     ) -> Committed:
         """Validate the sampler's ids and commit the accepted rows. Enqueues device work only.
 
         Arguments as for `nwor_compile.ops.accept_mask`; `draft_ids` has one id a draft of this
-        window, request after request, possibly padded. Ids of a wrong shape, dtype or device are
-        logged, accept nothing and count a fallback. The result is valid until the next `begin`.
+        window, request after request, possibly padded; None where `begin` was given the token ids.
+        With `num_rejected` `[R]` too, the result has both counts as the committed rows allow them.
+        Ids of a wrong shape, dtype or device are logged, accept nothing and count a fallback. The
+        result is valid until the next `begin`.
 
         Raises WindowOrderError if no window is open.
         """
         self._expect(State.OPEN, "commit")
         if self._fake:
             return self._close_fake(sampled_ids, draft_ids)
+        closed = False
         try:
             self._check_poison()
-            result = self._validate(sampled_ids, draft_ids, num_sampled)
+            result = self._validate(sampled_ids, draft_ids, num_sampled, num_rejected)
+            closed = True  # validation ends the routing too
             self._log.committed(self.tensors, self._requests, result, self.layer_names)
         finally:
-            self._finish()
+            self._finish(closed=closed)
         return result
+
+    def pass_through(self, block_table: Tensor | Mapping[str, Tensor]) -> None:
+        """With tail blocks, before a step without a window: attention reads the engine's own table.
+
+        block_table: as for `begin`.
+        Raises WindowOrderError while a window is open, WindowInputError without tail blocks.
+        """
+        self._expect(State.IDLE, "pass_through")
+        if self.redirection is None:
+            raise WindowInputError("pass_through: this window has no tail blocks")
+        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        self.redirection.pass_through(tables)
 
     def abort(self) -> None:
         """Drop the open window: its staged rows are never committed. The caches keep its certain
@@ -224,9 +281,10 @@ class Window:
         num_drafts: Tensor,
         query_start_loc: Tensor,
         slot_mapping: Tensor | Mapping[str, Tensor],
+        **more: Any,
     ) -> Iterator[Window]:
         """`begin`, and `abort` if the block is left without a commit (an exception, say)."""
-        self.begin(num_drafts, query_start_loc, slot_mapping)
+        self.begin(num_drafts, query_start_loc, slot_mapping, **more)
         try:
             yield self
         finally:
@@ -290,10 +348,11 @@ class Window:
                 for index, name in enumerate(batch.names):
                     staging = LayerStaging(
                         name=name,
-                        key=batch.staged_key[index],
-                        value=batch.staged_value[index],
+                        key=batch.staged_keys[index],
+                        value=batch.staged_values[index],
                         state=batch.state[index],
                         routing=self.tensors.routing,
+                        block_table=self.block_tables.get(batch.group),
                     )
                     self._layers[name] = staging
                     if by_name:
@@ -313,7 +372,7 @@ class Window:
             "NWOR mode=%s scv=%s debug=%s poison=%s: staging %d rows (%d requests x %d drafts), "
             "%d bytes, %d layers: %s",
             self.config.mode, self.config.scv, self.config.debug, self.config.poison,
-            self.capacity, self.max_requests, self.max_drafts, self.staging_bytes, len(names),
+            self.staging_rows, self.max_requests, self.max_drafts, self.staging_bytes, len(names),
             ", ".join(names),
         )  # fmt: skip
 
@@ -371,17 +430,31 @@ class Window:
             )
 
     def _route(
-        self, num_drafts: Tensor, query_start_loc: Tensor, slots: Mapping[str, Tensor]
+        self,
+        num_drafts: Tensor,
+        query_start_loc: Tensor,
+        slots: Mapping[str, Tensor],
+        tables: Mapping[str, Tensor] | None,
+        seq_lens: Tensor | None,
+        token_ids: Tensor | None,
     ) -> None:
         tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
-        kept = {batch.group: batch.slots for batch in tensors.batches}
-        pick(BEGIN, tensors.error.device)(
-            num_drafts, query_start_loc, [slots[group] for group in kept], routing.row_map,
-            routing.num_drafts, routing.tail_start, tensors.drafts, tensors.error, tensors.state,
-            tensors.counters, list(kept.values()), max_drafts=self.max_drafts,
-            capacity=self.capacity, bad_counts=BAD_COUNTS, overflow=OVERFLOW,
+        own = {batch.group: batch.slots for batch in tensors.batches}
+        kept = Kept(
+            tensors.drafts, tensors.error, tensors.state, tensors.counters, tensors.rows,
+            tensors.draft_ids if self._knows_ids else None,
         )  # fmt: skip
+        layout = None if self.redirection is None else self.redirection.layout
+        pick(BEGIN, tensors.error.device)(
+            num_drafts, query_start_loc, [slots[group] for group in own], routing, kept,
+            list(own.values()), max_drafts=self.max_drafts, staging_rows=self.staging_rows,
+            tail=layout, seq_lens=seq_lens, token_ids=token_ids,
+        )  # fmt: skip
+        if self.redirection is not None and tables is not None and seq_lens is not None:
+            self.redirection.redirect(
+                tensors.batches, tables, seq_lens, query_start_loc, routing.num_drafts
+            )
         if not tensors.staging:  # every row is certain, those that would be drafts too
             tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
             clear(routing)
@@ -396,27 +469,42 @@ class Window:
             self.tensors.error.bitwise_or_(touched)
 
     def _validate(
-        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
     ) -> Committed:
-        problem = self._problem(sampled_ids, draft_ids, num_sampled)
+        problem = self._problem(sampled_ids, draft_ids, num_sampled, num_rejected)
         if problem:
-            return self._fall_back(problem, draft_ids)
+            return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
         columns = sampled_ids.shape[1]
         # The counts are on the device; this many drafts are the most that one request can have.
-        longest = min(self.max_drafts, draft_ids.shape[0])
+        given = self.capacity if draft_ids is None else draft_ids.shape[0]
+        longest = min(self.max_drafts, given)
         if columns < longest + 1:
             self._log.warn_columns(columns, longest)
         if self.config.scv == "off":
-            return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled)
-        return self.validator(sampled_ids, draft_ids, num_sampled)
+            return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled, num_rejected)
+        return self.validator(sampled_ids, draft_ids, num_sampled, num_rejected)
 
     def _problem(
-        self, sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
     ) -> str | None:
         """What is wrong with the sampler's ids, from shapes and dtypes alone; None if nothing."""
-        given = {"sampled_ids": sampled_ids, "draft_ids": draft_ids}
-        if num_sampled is not None:
-            given["num_sampled"] = num_sampled
+        counts = {"num_sampled": num_sampled, "num_rejected": num_rejected}
+        given = {"sampled_ids": sampled_ids}
+        given.update({name: count for name, count in counts.items() if count is not None})
+        if draft_ids is not None:
+            given["draft_ids"] = draft_ids
+        elif not self._knows_ids:
+            return "draft_ids: expected the drafts' ids, since begin was given no token ids"
+        if num_rejected is not None and num_sampled is None:
+            return "num_rejected: expected num_sampled with it"
         for name, tensor in given.items():
             if not isinstance(tensor, Tensor):
                 return f"{name}: expected a tensor, got {type(tensor).__name__}"
@@ -426,10 +514,11 @@ class Window:
             return (
                 f"sampled_ids: expected [{self._requests}, columns], got {list(sampled_ids.shape)}"
             )
-        if draft_ids.dim() != 1 or draft_ids.shape[0] > self.capacity:
+        if draft_ids is not None and (draft_ids.dim() != 1 or draft_ids.shape[0] > self.capacity):
             return f"draft_ids: expected [at most {self.capacity}], got {list(draft_ids.shape)}"
-        if num_sampled is not None and list(num_sampled.shape) != [self._requests]:
-            return f"num_sampled: expected [{self._requests}], got {list(num_sampled.shape)}"
+        for name, count in counts.items():
+            if count is not None and list(count.shape) != [self._requests]:
+                return f"{name}: expected [{self._requests}], got {list(count.shape)}"
         for name, tensor in given.items():
             if tensor.dtype not in integers or tensor.device != device:
                 return (
@@ -438,28 +527,41 @@ class Window:
                 )
         return None
 
-    def _fall_back(self, problem: str, draft_ids: Tensor) -> Committed:
+    def _fall_back(
+        self,
+        problem: str,
+        draft_ids: Tensor | None,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> Committed:
         log.error("NWOR: %s. This window accepts nothing.", problem)
         self.fallbacks += 1
         device = self.tensors.error.device
         rows = min(draft_ids.numel(), self.capacity) if isinstance(draft_ids, Tensor) else 0
+        counts = [
+            count if isinstance(count, Tensor) and list(count.shape) == [self._requests] else None
+            for count in (num_sampled, num_rejected)
+        ]
         return finish(
             self.tensors,
             torch.zeros(rows, dtype=torch.bool, device=device),
             torch.zeros(self._requests, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
+            *counts,
         )
 
-    def _close_fake(self, sampled_ids: Tensor, draft_ids: Tensor) -> Committed:
+    def _close_fake(self, sampled_ids: Tensor, draft_ids: Tensor | None) -> Committed:
         self._state = State.IDLE
+        rows = self.capacity if draft_ids is None else draft_ids.shape[0]
         return Committed(
             accepted=sampled_ids.new_zeros(self._requests, dtype=torch.int32),
-            mask=draft_ids.new_zeros(draft_ids.shape, dtype=torch.bool),
+            mask=sampled_ids.new_zeros(rows, dtype=torch.bool),
             error=sampled_ids.new_zeros(1, dtype=torch.int32),
         )
 
-    def _finish(self) -> None:
+    def _finish(self, *, closed: bool = False) -> None:
         """Back to direct mode: a forward pass outside a window stages nothing."""
-        clear(self.tensors.routing)
+        if not closed:
+            clear(self.tensors.routing)
         window_closed()
         self._state = State.IDLE

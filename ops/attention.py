@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -247,6 +249,21 @@ def paged_attention_reference(
     )  # fmt: skip
 
 
+def paged_attention_out_reference(out: Tensor, *args: Any, **kwargs: Any) -> None:
+    """The specification of `paged_attention_out`."""
+    out.copy_(paged_attention_reference(*args, **kwargs))
+
+
+def _check_paged_out(out: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> None:
+    check_paged(query, *args, **kwargs)
+    if out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected contiguous {query.dtype} {list(query.shape)} like query, got "
+            f"{out.dtype} {list(out.shape)} with strides {out.stride()}"
+        )
+    check_same_device(query=query, out=out)
+
+
 def _like_query(query: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -266,6 +283,13 @@ _paged_attention = define(
     fake=_like_query,
     check=check_paged,
     kernel="attention:paged_attention",
+)
+_paged_attention_out = define(
+    f"paged_attention_out(Tensor(a!) out, {PAGED_SCHEMA[1:].replace('-> Tensor', '-> ()')}",
+    reference=paged_attention_out_reference,
+    fake=lambda *args, **kwargs: None,
+    check=_check_paged_out,
+    kernel="attention:paged_attention_out",
 )
 _verify_attention = define(
     "verify_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor staged_key, "
@@ -291,6 +315,7 @@ def paged_attention(
     kv_cache_dtype: str = "auto",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of a ragged batch over a paged cache.
 
@@ -306,16 +331,19 @@ def paged_attention(
         sliding_window: a token at position p sees (p - sliding_window, p]; 0 is off.
         softcap: scores become softcap * tanh(scores / softcap); 0 is off.
         kv_cache_dtype, k_scale, v_scale: as for `reshape_and_cache`; rows are multiplied back.
+        out: mutated; contiguous, of the shape and dtype of `query`; None makes one.
     Returns:
-        `[T, heads, D]`, contiguous, in the dtype of `query`, accumulated in float32.
+        `out`: `[T, heads, D]`, contiguous, in the dtype of `query`, accumulated in float32.
     Raises:
         ValueError, TypeError: before any device work.
     """
-    out: Tensor = _paged_attention(
-        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale,
-        sliding_window, softcap, kv_cache_dtype, k_scale, v_scale,
-    )  # fmt: skip
-    return out
+    options = (scale, sliding_window, softcap, kv_cache_dtype, k_scale, v_scale)
+    paged = (query, key_cache, value_cache, block_table, seq_lens, query_start_loc, *options)
+    if out is not None:
+        _paged_attention_out(out, *paged)
+        return out
+    made: Tensor = _paged_attention(*paged)
+    return made
 
 
 def verify_attention(

@@ -39,8 +39,8 @@ class UnregisteredCacheError(RuntimeError):
 class Routing:
     """Where the tokens of the present step go; persistent device tensors, shared by all layers.
 
-    row_map: int32 `[max_tokens]`, -1 for certain rows. num_drafts, tail_start: int32
-    `[max_requests]`.
+    row_map: int32 `[max_tokens]`, the codes of `stage_kv`: -1 for certain rows. num_drafts,
+    tail_start: int32 `[max_requests]`.
     """
 
     row_map: Tensor
@@ -50,13 +50,18 @@ class Routing:
 
 @dataclass(frozen=True)
 class LayerStaging:
-    """One layer's staging: rows `[S, kv_heads, head_size]`, state int32 `[2]`."""
+    """One layer's staging: rows `[S, kv_heads, head_size]`, state int32 `[2]`.
+
+    block_table: int32 `[max_requests, columns]`, where the rows lie in tail blocks of the cache: by
+        this table a stock attention kernel reads prefix and tail. Else None.
+    """
 
     name: str
     key: Tensor
     value: Tensor
     state: Tensor
     routing: Routing
+    block_table: Tensor | None = None
 
 
 @dataclass

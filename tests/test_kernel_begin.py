@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,62 +12,34 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from nwor_compile.ops.counters import COUNTERS
-from nwor_compile.ops.kernels.begin import begin_rows
-from nwor_compile.routing import BAD_COUNTS, OVERFLOW, allocate_routing, route, snapshot_slots
+from nwor_compile.ops.kernels import begin as kernel
+from nwor_compile.routing import Kept, TailRows, allocate_routing, begin_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_DRAFTS = 4
+TAIL = TailRows(block_size=16, rows=32)
 
 
-def expected(case: Any, capacity: int, max_requests: int, max_tokens: int) -> dict[str, Tensor]:
-    """What the specification makes of a step."""
-    counts, starts, mappings = case
-    routing = allocate_routing(max_tokens, max_requests, DEVICE)
-    has_slots = torch.stack([(mapping >= 0).any() for mapping in mappings]).any()
-    bits = route(
-        routing, counts, starts, has_slots=has_slots, max_drafts=MAX_DRAFTS, capacity=capacity
-    )
-    kept = [torch.full((capacity + 1,), 77, dtype=torch.int64, device=DEVICE) for _ in mappings]
-    for slots, mapping in zip(kept, mappings, strict=True):
-        snapshot_slots(slots, routing.row_map, mapping)
-    tokens = mappings[0].shape[0]
-    certain = ((mappings[0] >= 0) & (routing.row_map[:tokens] < 0)).sum()
-    return {
-        "row_map": routing.row_map, "num_drafts": routing.num_drafts, "error": bits,
-        "tail_start": routing.tail_start, "drafts": routing.num_drafts, "certain": certain,
-        **{f"slots {index}": slots for index, slots in enumerate(kept)},
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Case:
+    """Counts, starts, slot mappings, lengths and ids of a step."""
 
-
-def got(case: Any, capacity: int, max_requests: int, max_tokens: int) -> dict[str, Tensor]:
-    """What the kernel makes of it, in buffers that hold an earlier step."""
-    counts, starts, mappings = case
-
-    def dirty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.full(shape, 77, dtype=dtype, device=DEVICE)
-
-    routing = allocate_routing(max_tokens, max_requests, DEVICE)
-    drafts, tails, error = dirty(max_requests), dirty(max_requests), dirty(1)
-    kept = [dirty(capacity + 1, dtype=torch.int64) for _ in mappings]
-    state, counters = dirty(300, 2), torch.zeros(32, dtype=torch.int64, device=DEVICE)
-    begin_rows(
-        counts, starts, mappings, routing.row_map, routing.num_drafts, tails, drafts, error, state,
-        counters, kept, max_drafts=MAX_DRAFTS, capacity=capacity, bad_counts=BAD_COUNTS,
-        overflow=OVERFLOW,
-    )  # fmt: skip
-    assert not state.any()
-    assert int(counters.sum()) == int(counters[COUNTERS["certain"]])
-    return {
-        "row_map": routing.row_map, "num_drafts": routing.num_drafts, "error": error,
-        "tail_start": tails, "drafts": drafts, "certain": counters[COUNTERS["certain"]],
-        **{f"slots {index}": slots for index, slots in enumerate(kept)},
-    }  # fmt: skip
+    counts: Tensor
+    starts: Tensor
+    mappings: list[Tensor]
+    lengths: Tensor
+    ids: Tensor
 
 
 def step(
-    counts: list[int], spans: list[int], padding: int = 0, groups: int = 1, slots: bool = True
-) -> Any:
-    """Counts, starts and slot mappings of a step; each slot group has its own slots."""
+    counts: list[int],
+    spans: list[int],
+    padding: int = 0,
+    groups: int = 1,
+    slots: bool = True,
+    lengths: list[int] | None = None,
+) -> Case:
+    """A step; each slot group has its own slots."""
     tokens = sum(spans)
     starts = torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(DEVICE)
     generator = torch.Generator().manual_seed(tokens)
@@ -76,7 +49,50 @@ def step(
         if slots:
             mapping[:tokens] = torch.randperm(10_000, generator=generator)[:tokens]
         mappings.append(mapping.to(DEVICE))
-    return torch.tensor(counts, dtype=torch.int32, device=DEVICE), starts, mappings
+    if lengths is None:
+        context = torch.randint(0, 60, (len(spans),), generator=generator)
+        lengths = (context + torch.tensor(spans)).tolist()
+    return Case(
+        torch.tensor(counts, dtype=torch.int32, device=DEVICE), starts, mappings,
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        torch.randint(0, 99, (tokens + padding,), generator=generator).to(DEVICE),
+    )  # fmt: skip
+
+
+def run(
+    begin: Any, case: Case, capacity: int, max_requests: int, max_tokens: int, tail: TailRows | None
+) -> dict[str, Tensor]:
+    """What `begin` makes of a step, in buffers that hold an earlier one."""
+
+    def dirty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full(shape, 77, dtype=dtype, device=DEVICE)
+
+    routing = allocate_routing(max_tokens, max_requests, DEVICE)
+    routing.num_drafts.fill_(77)
+    routing.tail_start.fill_(77)
+    counters = torch.zeros(32, dtype=torch.int64, device=DEVICE)
+    kept = Kept(
+        dirty(max_requests), dirty(1), dirty(300, 2), counters,
+        None if tail is None else dirty(capacity), dirty(capacity, dtype=torch.int64),
+    )  # fmt: skip
+    slots = [dirty(capacity + 1, dtype=torch.int64) for _ in case.mappings]
+    begin(
+        case.counts, case.starts, case.mappings, routing, kept, slots, max_drafts=MAX_DRAFTS,
+        staging_rows=capacity if tail is None else max_requests * tail.rows, tail=tail,
+        seq_lens=None if tail is None else case.lengths, token_ids=case.ids,
+    )  # fmt: skip
+    assert not kept.state.any()
+    assert int(counters.sum()) == int(counters[COUNTERS["certain"]])
+    used = int(kept.drafts.sum())
+    assert tail is not None or kept.rows is None
+    return {
+        "row_map": routing.row_map, "num_drafts": routing.num_drafts, "error": kept.error,
+        "drafts": kept.drafts, "certain": counters[COUNTERS["certain"]],
+        "tail_start": torch.where(routing.num_drafts > 0, routing.tail_start, 0),
+        "rows": torch.arange(used) if kept.rows is None else kept.rows,
+        "draft_ids": kept.draft_ids,
+        **{f"slots {index}": own for index, own in enumerate(slots)},
+    }  # fmt: skip
 
 
 CASES = {
@@ -92,31 +108,52 @@ CASES = {
     "more rows than staging": step([4, 4, 4, 4], [5, 5, 5, 5]),
     "more tokens than a block": step([4, 0, 3], [5, 400, 4]),
     "more requests than a lane": step([1] * 70, [2] * 70),
+    "first draft at a block's start": step([4, 4], [5, 8], lengths=[20, 36]),
+    "first draft at a block's end": step([4, 4], [5, 9], lengths=[19, 35]),
+    "shorter than its span": step([4, 2], [5, 3], lengths=[4, 30]),
 }
 
 
+@pytest.mark.parametrize("tail", [None, TAIL], ids=["rows", "tail blocks"])
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_does_what_the_specification_says(name: str) -> None:
+def test_kernel_does_what_the_specification_says(name: str, tail: TailRows | None) -> None:
     case = CASES[name]
-    capacity = 12 if name == "more rows than staging" else 400
-    sizes = (capacity, 100, 600)
-    want, have = expected(case, *sizes), got(case, *sizes)
+    sizes = (12 if name == "more rows than staging" else 400, 100, 600, tail)
+    want, have = run(begin_rows, case, *sizes), run(kernel.begin_rows, case, *sizes)
     for what, tensor in want.items():
         torch.testing.assert_close(have[what].cpu(), tensor.cpu(), check_dtype=False, msg=what)
 
 
 def test_more_requests_than_the_widest_lane() -> None:
     case = step([1, 0] * 2050, [2, 1] * 2050)
-    want, have = expected(case, 2100, 4200, 6200), got(case, 2100, 4200, 6200)
+    sizes = (2100, 4200, 6200, None)
+    want, have = run(begin_rows, case, *sizes), run(kernel.begin_rows, case, *sizes)
     for what, tensor in want.items():
         torch.testing.assert_close(have[what].cpu(), tensor.cpu(), check_dtype=False, msg=what)
 
 
 def test_int64_counts_and_strided_inputs() -> None:
-    counts, starts, mappings = CASES["spans of all lengths"]
-    wide = torch.stack((counts, counts), 1).long()[:, 1]
-    longer = torch.stack((starts, starts), 1).long()[:, 0]
-    want = got((counts, starts, mappings), 400, 100, 600)
-    have = got((wide, longer, [m.to(torch.int32) for m in mappings]), 400, 100, 600)
+    case = CASES["spans of all lengths"]
+    wide = torch.stack((case.counts, case.counts), 1).long()[:, 1]
+    longer = torch.stack((case.starts, case.starts), 1).long()[:, 0]
+    other = Case(
+        wide, longer, [m.to(torch.int32) for m in case.mappings],
+        torch.stack((case.lengths, case.lengths), 1).long()[:, 1], case.ids.to(torch.int32),
+    )  # fmt: skip
+    want = run(kernel.begin_rows, case, 400, 100, 600, TAIL)
+    have = run(kernel.begin_rows, other, 400, 100, 600, TAIL)
     for what, tensor in want.items():
         torch.testing.assert_close(have[what], tensor, msg=what)
+
+
+def test_tail_rows_have_the_place_in_the_block_that_the_cache_will_give_them() -> None:
+    # 38 tokens, 4 of them drafts: the first draft is row 34 % 16 = 2 of its block, and the span's
+    # certain tokens 31 to 33 end in it.
+    case = step([0, 4], [3, 7], lengths=[3, 38])
+    routed = run(begin_rows, case, 400, 2, 10, TAIL)
+    first = 1 * TAIL.rows + 2
+    assert routed["rows"][:4].tolist() == [first, first + 1, first + 2, first + 3]
+    assert routed["row_map"].tolist() == [
+        -1, -1, -1, -1, -(first - 2) - 2, -(first - 1) - 2, first, first + 1, first + 2, first + 3,
+    ]  # fmt: skip
+    assert routed["tail_start"].tolist() == [0, first]

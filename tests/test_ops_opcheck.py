@@ -63,6 +63,16 @@ def accept_case(step: Step) -> Arguments:
     return accept_arguments(step.batch, make_sampling(step.batch, [1, 0, 0, 0, 2]))
 
 
+def paged_out_case(step: Step) -> Arguments:
+    arguments = paged_arguments(step.layers[0], step.batch)
+    return {"out": torch.zeros_like(arguments["query"]), **arguments}
+
+
+def overload_of(name: str) -> torch._ops.OpOverload:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.nwor, packet), overload or "default")
+
+
 def of_layer(build: Callable[..., Arguments], **options: Any) -> Callable[[Step], Arguments]:
     return lambda step: build(step.layers[0], step.batch, **options)
 
@@ -73,6 +83,7 @@ CASES: dict[str, tuple[Callable[[Step], Arguments], Callable[..., Any]]] = {
     "accept_mask": (accept_case, scv.accept_mask_reference),
     "commit_kv": (commit_case, commit.commit_kv_reference),
     "paged_attention": (of_layer(paged_arguments), attention.paged_attention_reference),
+    "paged_attention_out": (paged_out_case, attention.paged_attention_out_reference),
     "verify_attention": (
         of_layer(verify_arguments, sliding_window=4, softcap=20.0),
         attention.verify_attention_reference,
@@ -112,7 +123,7 @@ def check(overload: torch._ops.OpOverload, arguments: Arguments) -> None:
 @pytest.mark.parametrize("op", CASES)
 def test_opcheck(op: str, geometry: str) -> None:
     step = staged_step(GEOMETRIES[geometry], layers=2 if op == "commit_kv" else 1)
-    check(getattr(torch.ops.nwor, op).default, CASES[op][0](step))
+    check(overload_of(op), CASES[op][0](step))
 
 
 def test_opcheck_of_optional_arguments() -> None:
@@ -154,9 +165,7 @@ def registered(layer: Layer, batch: Batch, name: str = "layer") -> staging.Layer
 @pytest.mark.parametrize("op", WINDOW)
 def test_opcheck_of_a_window_overload_on_an_unregistered_cache(op: str, geometry: str) -> None:
     step = staged_step(GEOMETRIES[geometry])
-    packet, overload = op.split(".")
-    op_overload = getattr(getattr(torch.ops.nwor, packet), overload)
-    check(op_overload, WINDOW[op](step.layers[0], step.batch))
+    check(overload_of(op), WINDOW[op](step.layers[0], step.batch))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -174,9 +183,7 @@ def test_opcheck_of_a_window_overload_on_a_registered_layer(
         return layer
 
     monkeypatch.setattr(staging, "lookup", lookup)
-    packet, overload = op.split(".")
-    op_overload = getattr(getattr(torch.ops.nwor, packet), overload)
-    check(op_overload, WINDOW[op](step.layers[0], step.batch))
+    check(overload_of(op), WINDOW[op](step.layers[0], step.batch))
     assert found
 
 

@@ -12,7 +12,7 @@ from cases import Span
 from window_support import ALL, SOME, Rig, rig
 
 from nwor_compile.debug import commit_line
-from nwor_compile.routing import describe_error
+from nwor_compile.ops.error_bits import describe_error
 
 EIGHT = [Span(4 + r, 1, 4) for r in range(8)]
 TAKEN = [3, 0, 0, 2, 0, 0, 2, 0]

@@ -28,6 +28,7 @@ from torch import Tensor
 from nwor_compile import Committed, NworConfig, Window
 from nwor_compile.ops import stage_kv_window, verify_attention_window
 from nwor_compile.ops import staging as registry
+from nwor_compile.tail_blocks import TailBlocks, tail_blocks_needed
 
 # Verify spans, plain decode, a prefill chunk and a padded request in one batch.
 MIXED = (Span(5, 1, 3), Span(9, 1), Span(0, 6), Span(7, 1, 5), Span(0, 0), Span(2, 2, 1))
@@ -69,9 +70,18 @@ class Rig:
         max_drafts: int = 5,
         max_tokens: int = 64,
         window: Mapping[str, Any] | None = None,
+        tail: bool = False,
         **settings: Any,
     ) -> None:
         batch = make_batch(spans, geometries[0], seed, padding=padding)
+        window = dict(window or {})
+        # Slots that the engine hands out; a tail block is nobody's.
+        self.slots = batch.blocks * geometries[0].block_size
+        if tail:
+            columns = batch.block_table.shape[1]
+            window["tail_blocks"] = TailBlocks(first={"kv": batch.blocks}, columns=columns)
+            more = tail_blocks_needed(max_requests, max_drafts, geometries[0].block_size)
+            batch = replace(batch, blocks=batch.blocks + more)
         self.batch: Batch = batch
         self.steps: list[Step] = [
             make_step(replace(batch, geometry=geometry), layers, seed + i)
@@ -85,7 +95,7 @@ class Rig:
             max_tokens=max_tokens,
             config=config(**settings),
             kv_cache_dtype=geometries[0].kv_cache_dtype,
-            **(window or {}),
+            **window,
         )
 
     def caches(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -102,6 +112,9 @@ class Rig:
             "slot_mapping": batch.slot_mapping,
             **changed,
         }
+        if self.window.block_tables:
+            arguments.setdefault("block_table", batch.block_table)
+            arguments.setdefault("seq_lens", batch.seq_lens)
         self.window.begin(**arguments)
 
     def forward(self, skip: Collection[int] = ()) -> list[Tensor]:
@@ -173,9 +186,10 @@ class Rig:
         oracle.write(rows, marker, marker, rejected, layer.format[0])
 
     def holds(self, rows: Sequence[oracle.Rows]) -> bool:
-        """Every slot of every layer has exactly these bits."""
+        """Every slot of every layer has exactly these bits, tail blocks aside."""
         return all(
-            layer.cache.holds(wanted) for layer, wanted in zip(self.layers, rows, strict=True)
+            layer.cache.holds(wanted, self.slots)
+            for layer, wanted in zip(self.layers, rows, strict=True)
         )
 
     def change_batch(self, batch: Batch, seed: int = 0) -> None:

@@ -57,7 +57,6 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
     batch = (ints(0, 1, 2, 3).view(1, 4), ints(TOKENS), ints(0, TOKENS))
     state, mask = ints(0, 0), torch.ones(DRAFTS, dtype=torch.bool, device=device)
     counters = torch.zeros(counter_size(DRAFTS), dtype=torch.int64, device=device)
-    layers = [tensor.unsqueeze(0) for tensor in staged]
     cos, sin = (torch.ones(TOKENS, HEAD_SIZE // 2, device=device) for _ in range(2))
     rotary = (HEAD_SIZE, torch.ones(TOKENS, HEAD_SIZE, device=device), True)
     turned = (query, *rows, cos, sin, HEAD_SIZE, True, *cache)
@@ -67,9 +66,11 @@ def arguments_of(name: str, device: str = "cpu") -> tuple[Any, ...]:
         "stage_kv.window": (*rows, *cache, ints(0, 1, 2)),
         "accept_mask": (ints(7, 8, 9).view(1, 3), ints(7, 8), ints(DRAFTS)),
         "commit_kv": (
-            [cache[0]], [cache[1]], *layers, ints(1, 2), mask, ints(0), ints(2), ints(2), counters,
+            *([tensor] for tensor in (*cache, *staged)), ints(1, 2), mask, ints(0), ints(2),
+            ints(2), counters,
         ),
         "paged_attention": (query, *cache, *batch, 0.25),
+        "paged_attention_out": (torch.empty_like(query), query, *cache, *batch, 0.25),
         "verify_attention": (query, *cache, *staged, *batch, ints(DRAFTS), ints(0), 0.25),
         "verify_attention.window": (query, *cache, *batch, 0.25),
         "rotary_embedding": (ints(0, 1, 2), query, rows[0], *rotary),

@@ -276,11 +276,16 @@ def verify_attention(
     kv_cache_dtype: str = "auto",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`verify_attention_reference`; without staging, `paged_attention_reference`."""
+    """`verify_attention_reference`; without staging, `paged_attention_reference`.
+
+    out: contiguous, like `query`, to write the result to; None makes one.
+    """
     tokens, heads, size = query.shape
     requests = seq_lens.shape[0]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
     k_strides, v_strides = cache_strides(key_cache, value_cache)
@@ -381,4 +386,26 @@ def paged_attention(
     return verify_attention(
         query, key_cache, value_cache, None, None, block_table, seq_lens, query_start_loc, None,
         None, scale, sliding_window, softcap, kv_cache_dtype, k_scale, v_scale,
+    )  # fmt: skip
+
+
+def paged_attention_out(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """`paged_attention_out_reference`."""
+    verify_attention(
+        query, key_cache, value_cache, None, None, block_table, seq_lens, query_start_loc, None,
+        None, scale, sliding_window, softcap, kv_cache_dtype, k_scale, v_scale, out,
     )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Launcher of `redirect`: a step's block table with its tails in tail blocks, and the rows that
+those blocks share with the cache, in one launch a batch of layers.
+
+The specification is `nwor_compile.tail_blocks.redirect_reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nwor_compile.ops.kernels.launch import bits, cache_strides, on_device
+
+_COLUMNS = 1024  # block table entries of a program
+_ROWS = 4  # cache rows of a program
+
+
+# Counts change from step to step: specialising on them would compile again in the middle of one.
+@triton.jit(
+    do_not_specialize=["requests", "table_rows", "columns", "first_block", "table_programs"]
+)
+def _redirect_kernel(
+    table, element, block_table, seq_lens, query_start_loc, num_drafts, redirected,
+    requests, table_rows, columns, first_block, table_programs,
+    s_table, s_bt_row, s_bt_column, s_length, s_start, s_red_row, s_red_column,
+    kc_block, kc_offset, kc_head, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The first `table_programs` programs write the table, one a request and COLUMNS entries; the
+    others copy ROWS rows of one request and layer. TAIL: tail blocks of a request."""
+    program = tl.program_id(0)
+    if program < table_programs:
+        r = program % table_rows
+        length = 0
+        drafts = 0
+        if r < requests:
+            length = tl.load(seq_lens + r * s_length).to(tl.int32)
+            drafts = tl.load(num_drafts + r)
+        first = (length - drafts) // BLOCK_SIZE
+        last = tl.where(drafts > 0, (length - 1) // BLOCK_SIZE, -1)
+        column = (program // table_rows) * COLUMNS + tl.arange(0, COLUMNS)
+        entry = tl.load(
+            block_table + r.to(tl.int64) * s_bt_row + column * s_bt_column,
+            mask=column < columns, other=0,
+        )  # fmt: skip
+        moved = (column >= first) & (column <= last)
+        entry = tl.where(moved, first_block + r * TAIL + column - first, entry)
+        tl.store(
+            redirected + r.to(tl.int64) * s_red_row + column * s_red_column, entry,
+            mask=column < columns,
+        )  # fmt: skip
+        return
+    program -= table_programs
+    tile = program % TILES
+    r = (program // TILES) % requests
+    layer = program // TILES // requests
+    drafts = tl.load(num_drafts + r)
+    length = tl.load(seq_lens + r * s_length).to(tl.int32)
+    span = tl.load(query_start_loc + (r + 1) * s_start) - tl.load(query_start_loc + r * s_start)
+    key_cache = tl.load(table + layer).to(element.dtype)
+    value_cache = tl.load(table + s_table + layer).to(element.dtype)
+    block = tl.maximum(length - drafts, 0) // BLOCK_SIZE
+    place = tl.maximum(length - drafts, 0) % BLOCK_SIZE
+    kept = tl.minimum(place, tl.maximum(0, length - span.to(tl.int32) - block * BLOCK_SIZE))
+    kept = tl.where(drafts > 0, kept, 0)
+    if tile * ROWS < kept:
+        if ALIGNED:
+            key_cache = tl.multiple_of(key_cache, 16)
+            value_cache = tl.multiple_of(value_cache, 16)
+        source = tl.load(block_table + r.to(tl.int64) * s_bt_row + block * s_bt_column).to(tl.int64)
+        own = (first_block + r * TAIL).to(tl.int64)
+        row = tile * ROWS + tl.arange(0, ROWS)
+        for start in tl.static_range(0, H * D, BLOCK):
+            spot = start + tl.arange(0, BLOCK)[None, :]
+            head = (spot // D).to(tl.int64)
+            d = (spot % D).to(tl.int64)
+            inside = (row < kept)[:, None] & (spot < H * D)
+            to_key = row.to(tl.int64)[:, None] * kc_offset + head * kc_head + d * kc_inner
+            to_value = row.to(tl.int64)[:, None] * vc_offset + head * vc_head + d * vc_inner
+            key = tl.load(key_cache + source * kc_block + to_key, mask=inside)
+            value = tl.load(value_cache + source * vc_block + to_value, mask=inside)
+            tl.store(key_cache + own * kc_block + to_key, key, mask=inside)
+            tl.store(value_cache + own * vc_block + to_value, value, mask=inside)
+
+
+def redirect(
+    key_caches: list[Tensor],
+    value_caches: list[Tensor],
+    cache_table: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    redirected: Tensor,
+    *,
+    tail: Any,
+    first_block: int,
+    write_table: bool,
+    aligned: bool = False,
+) -> None:
+    """`nwor_compile.tail_blocks.redirect_reference` in one launch."""
+    key_cache, value_cache = key_caches[0], value_caches[0]
+    heads, size = key_cache.shape[2:]
+    k_strides, v_strides = cache_strides(key_cache, value_cache)
+    requests, (table_rows, columns) = seq_lens.shape[0], block_table.shape
+    tables = table_rows * triton.cdiv(columns, _COLUMNS) if write_table else 0
+    tiles = triton.cdiv(tail.block_size - 1, _ROWS)
+    with on_device(key_cache):
+        _redirect_kernel[(tables + tiles * requests * len(key_caches),)](
+            cache_table, bits(key_cache), block_table, seq_lens, query_start_loc, num_drafts,
+            redirected,
+            requests, table_rows, columns, first_block, tables,
+            cache_table.stride(0), *block_table.stride(), seq_lens.stride(0),
+            query_start_loc.stride(0), *redirected.stride(),
+            *k_strides[:3], k_strides.inner, *v_strides[:3], v_strides.inner,
+            H=heads, D=size, BLOCK_SIZE=tail.block_size, TAIL=tail.rows // tail.block_size,
+            ROWS=_ROWS, BLOCK=min(1024, triton.next_power_of_2(heads * size)), COLUMNS=_COLUMNS,
+            TILES=max(1, tiles), ALIGNED=aligned,
+            num_warps=4,
+        )  # fmt: skip
