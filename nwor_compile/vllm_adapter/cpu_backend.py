@@ -19,9 +19,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from nwor_compile.ops import paged_attention, reshape_and_cache, stage_kv, verify_attention
+from nwor_compile.ops import paged_attention, reshape_and_cache, verify_attention
 from nwor_compile.ops.staging import LayerStaging
 from nwor_compile.vllm_adapter.packed_cache import split_cache
+from nwor_compile.vllm_adapter.staged_write import stored
 
 
 def use() -> None:
@@ -76,6 +77,8 @@ class NworCPUMetadataBuilder(AttentionMetadataBuilder[NworCPUMetadata]):
 class NworCPUImpl(CPUAttentionBackendImpl):
     """Reference attention; with staging, each request's tail is read from it."""
 
+    reads_staging = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.alibi_slopes is not None or self.sinks is not None:
@@ -111,7 +114,7 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         block_table, seq_lens = attn_metadata.block_table, attn_metadata.seq_lens
         starts = attn_metadata.query_start_loc
         window = 0 if self.sliding_window == -1 else self.sliding_window
-        options = (self.scale, window, float(self.logits_soft_cap), *self._stored(layer))
+        options = (self.scale, window, float(self.logits_soft_cap), *stored(layer))
         q = query[:tokens]
         if staging is None:
             out = paged_attention(
@@ -131,29 +134,7 @@ class NworCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         """The direct write."""
         key_cache, value_cache = split_cache(kv_cache)
-        stored = self._stored(layer)
-        reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *stored)
-
-    def stage_kv(
-        self,
-        layer: Any,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        staging: LayerStaging,
-    ) -> None:
-        """The staged write."""
-        key_cache, value_cache = split_cache(kv_cache)
-        stage_kv(
-            key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
-            slot_mapping, staging.routing.row_map, *self._stored(layer),
-        )  # fmt: skip
-
-    def _stored(self, layer: Any) -> tuple[str, Tensor | None, Tensor | None]:
-        if not self.is_fp8_kv_cache:
-            return "auto", None, None
-        return self.kv_cache_dtype, layer._k_scale, layer._v_scale
+        reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, *stored(layer))
 
 
 class NworCPUBackend(CPUAttentionBackend):

@@ -1,14 +1,15 @@
-"""FLASH_ATTN that can read staged rows: this package's attention kernel for the target's layers,
-vLLM's own for a drafter's.
+"""FLASH_ATTN with a second kernel for small decode batches: this package's verify attention.
 
-Shapes, cache layout, metadata and CUDA-graph support are FlashAttention's, so everything around the
-layer stays as it is. K and V lie packed in the last dimension of vLLM's
-`[blocks, kv_heads, block, 2 * D]`, in any order of strides.
+vLLM's own kernel reads staged rows through the redirected block table, as every other backend
+does, and is what runs in all other cases. Which one runs follows from shapes alone, so that a
+captured graph and its replays agree. Cache, metadata and CUDA-graph support are FlashAttention's: K
+and V lie packed in the last dimension of vLLM's `[blocks, kv_heads, block, 2 * D]`, in any order of
+strides.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionType
@@ -16,9 +17,13 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.ops import paged_attention, stage_kv, verify_attention
-from nwor_compile.ops.staging import LayerStaging
+from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.packed_cache import split_cache
+
+# Requests and tokens a request up to which `auto` takes this package's kernel: where the record of
+# `nwor bench kernels` has it ahead of FlashAttention 3.
+FUSED_REQUESTS = 4
+FUSED_SPAN = 16
 
 
 def use() -> None:
@@ -37,28 +42,38 @@ def forget() -> None:
 
 
 class NworFlashImpl(FlashAttentionImpl):
-    """With staging, or where `direct` is set, this package's attention; else FlashAttention.
+    """FlashAttention, or where `fused` says so this package's kernel, on the target's layers.
 
-    direct: on the target's layers in mode `off`, which writes the cache as vLLM does and reads it
-        with the kernel of mode `stage`, so that the two can be compared bit for bit.
+    attention: the setting of this name; `stock` until `choose` is called, which is done for the
+        target's layers alone.
     """
 
-    direct = False
+    attention: Literal["auto", "stock", "fused"] = "stock"
 
-    def stage_refusal(self) -> str:
-        """Why this layer cannot be staged, or was never seen to be; empty if it can."""
+    def choose(self, attention: Literal["auto", "stock", "fused"]) -> str:
+        """Set which kernel runs; return why `fused` cannot, or an empty string."""
+        problem = self._fused_refusal()
+        self.attention = "stock" if problem and attention == "auto" else attention
+        return problem if attention == "fused" else ""
+
+    def _fused_refusal(self) -> str:
         for present, what in (
             (self.alibi_slopes is not None, "ALiBi"),
             (self.sinks is not None, "attention sinks"),
             (self.attn_type != AttentionType.DECODER, f"attention of type {self.attn_type}"),
-            (self.dcp_world_size > 1, "decode context parallelism"),
             (self.kv_cache_dtype.startswith("fp8"), f"a {self.kv_cache_dtype} cache"),
             (self.sliding_window != (-1, -1), "sliding windows"),
             (self.logits_soft_cap > 0, "soft caps"),
         ):
             if present:
-                return f"NWOR on CUDA does not support {what}; unset the nwor flag for this model"
+                return f'attention "fused" does not support {what} in vLLM; use "auto" or "stock"'
         return ""
+
+    def _fused(self, metadata: Any) -> bool:
+        if self.attention == "auto":
+            few = metadata.seq_lens.shape[0] <= FUSED_REQUESTS
+            return few and 1 < metadata.max_query_len <= FUSED_SPAN
+        return self.attention == "fused"
 
     def forward(
         self,
@@ -71,10 +86,10 @@ class NworFlashImpl(FlashAttentionImpl):
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
-        staging: LayerStaging | None = None,
     ) -> Tensor:
-        """query `[tokens, heads, D]` to output `[tokens, heads, D]`, padding included (zeros)."""
-        if attn_metadata is None or (staging is None and not self.direct):
+        """query `[tokens, heads, D]` to output `[tokens, heads, D]`. In a window the block table of
+        `attn_metadata` shows prefix and tail, to either kernel."""
+        if attn_metadata is None or not self._fused(attn_metadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
@@ -82,36 +97,10 @@ class NworFlashImpl(FlashAttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("NWOR's attention does not quantise its output")
         key_cache, value_cache = split_cache(kv_cache)
-        block_table, seq_lens = attn_metadata.block_table, attn_metadata.seq_lens
-        starts = attn_metadata.query_start_loc
-        if staging is None:
-            out = paged_attention(
-                query, key_cache, value_cache, block_table, seq_lens, starts, self.scale
-            )
-        else:
-            routing = staging.routing
-            out = verify_attention(
-                query, key_cache, value_cache, staging.key, staging.value, block_table, seq_lens,
-                starts, routing.num_drafts, routing.tail_start, self.scale,
-            )  # fmt: skip
-        output.copy_(out)
-        return output
-
-    def stage_kv(
-        self,
-        layer: Any,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        staging: LayerStaging,
-    ) -> None:
-        """The staged write: certain rows to the cache, draft rows to staging."""
-        del layer
-        key_cache, value_cache = split_cache(kv_cache)
-        stage_kv(
-            key, value, key_cache, value_cache, staging.key, staging.value, staging.state,
-            slot_mapping, staging.routing.row_map,
+        metadata = attn_metadata
+        return paged_attention(
+            query, key_cache, value_cache, metadata.block_table, metadata.seq_lens,
+            metadata.query_start_loc, self.scale, out=output,
         )  # fmt: skip
 
 

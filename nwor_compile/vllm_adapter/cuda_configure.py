@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from nwor_compile.vllm_adapter.stored_rows import FP8, PLAIN
 from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
 
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 NWOR_CUDA_WORKER = "nwor_compile.vllm_adapter.cuda_worker.NworGPUWorker"
 VERIFY_OP = "nwor::vllm_verify"
-METHODS = ("eagle", "draft_model")
+METHODS = ("eagle", "eagle3", "draft_model", "ngram", "mtp")
+# Backends of vLLM's whose cache is packed as `packed_cache.py` says and whose metadata has a block
+# table, so that they read tail blocks.
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 
 
-def cuda_refusals(config: Any, version: str) -> list[str]:
+def cuda_refusals(config: Any, version: str, attention: str) -> list[str]:
     """What of a CUDA engine's configuration was never seen to work; empty if nothing.
 
-    See `tests/vllm_gpu`: a row leaves this list when an engine has run there.
+    attention: the setting of this name. See `tests/vllm_gpu`: a row leaves this list when an
+    engine has run there.
     """
     found = []
     if version not in RUN_ON_CUDA:
@@ -29,20 +34,24 @@ def cuda_refusals(config: Any, version: str) -> list[str]:
             f"method {speculative.method} on CUDA is not supported yet; use {' or '.join(METHODS)}"
         )
     backend = getattr(config.attention_config, "backend", None)
-    if backend is not None and backend.name != "FLASH_ATTN":
-        found.append(f"attention backend {backend.name} cannot read staged rows; use FLASH_ATTN")
+    if backend is not None and backend.name not in BACKENDS:
+        found.append(
+            f"attention backend {backend.name} was never seen to read staged rows; use "
+            f"{' or '.join(BACKENDS)}"
+        )
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if dtype != "bfloat16":
-        found.append(f"a {dtype} model on CUDA is not supported yet; use bfloat16")
+    if dtype not in ("bfloat16", "float16"):
+        found.append(f"a {dtype} model on CUDA is not supported yet; use bfloat16 or float16")
     cache = config.cache_config.cache_dtype
-    if cache not in ("auto", "bfloat16"):
-        found.append(f"a {cache} cache on CUDA is not supported yet; use auto")
+    if cache not in (*PLAIN, *FP8):
+        found.append(f"a {cache} cache on CUDA is not supported; use auto or {' or '.join(FP8)}")
     if config.lora_config is not None:
         found.append("LoRA on CUDA is not supported yet; turn it off")
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        found.append("NWOR's attention is not batch-invariant; unset VLLM_BATCH_INVARIANT")
-    if config.parallel_config.tensor_parallel_size > 1:
-        found.append("tensor parallelism on CUDA is not supported yet; use size 1")
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0") and attention != "stock":
+        found.append(
+            'NWOR\'s own attention is not batch-invariant; set "attention": "stock", or unset '
+            "VLLM_BATCH_INVARIANT"
+        )
     if getattr(config.parallel_config, "data_parallel_size", 1) > 1:
         found.append("data parallelism on CUDA is not supported yet; use size 1")
     return found

@@ -7,42 +7,55 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
+from nwor_compile.config import NworConfig
+from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
-from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks, DeviceV1Hooks
 from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
 from nwor_compile.vllm_adapter.runner import RunnerHooks
 from nwor_compile.vllm_adapter.settings import requested
+from nwor_compile.vllm_adapter.spare_blocks import bytes_needed
 
 
 class NworGPUWorker(PublishesMetrics, Worker):
-    """vLLM's GPU worker with this package's attention on the target's layers and, in mode `stage`,
-    with NWOR hooks on its model runner. Mode `off` keeps the attention, so that the two can be
-    compared."""
+    """vLLM's GPU worker with NWOR hooks on its model runner in mode `stage`. Mode `off` takes the
+    attention kernels of mode `stage` alone, so that the two can be compared."""
 
     nwor: RunnerHooks | None = None
-    _stages = False
+    _settings: NworConfig | None = None
 
     def init_device(self) -> None:
         """Make the runner, then hook it. Layers look their backend up later, in load_model."""
         use()
         super().init_device()
-        settings = requested(self.vllm_config.additional_config)
-        self._stages = settings is not None and settings.mode == "stage"
-        if settings is not None and self._stages:
-            hooks = DeviceRunnerHooks if self.use_v2_model_runner else RunnerHooks
+        self._settings = settings = requested(self.vllm_config.additional_config)
+        if settings is not None and settings.mode == "stage":
+            hooks = DeviceRunnerHooks if self.use_v2_model_runner else DeviceV1Hooks
             self.nwor = hooks(self.model_runner, self.vllm_config, settings)
 
     def load_model(self, **kwargs: Any) -> None:
-        """In mode `off`, the target's layers read with the kernel of mode `stage`."""
+        """The setting `attention` goes to the target's layers."""
         super().load_model(**kwargs)
-        if self._stages:
+        if self._settings is None:
             return
         theirs = drafters_layers(self.model_runner)
         context = self.vllm_config.compilation_config.static_forward_context
         for name, layer in context.items():
             impl = getattr(layer, "impl", None)
-            if name not in theirs and isinstance(impl, NworFlashImpl) and not impl.stage_refusal():
-                impl.direct = True
+            if name in theirs or not isinstance(impl, NworFlashImpl):
+                continue
+            problem = impl.choose(self._settings.attention)
+            if problem:
+                raise ConfigError(f"layer {name}: {problem}")
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        """What vLLM finds available, less the tail blocks that staging takes from it."""
+        available = super().determine_available_memory()
+        if self.nwor is None:
+            return available
+        needed = bytes_needed(self.model_runner.get_kv_cache_spec(), *self.nwor.sizes)
+        return available - needed
 
     def compile_or_warm_up_model(self) -> Any:
         """Capture the commit's graphs, warm up, then make sure that the rewritten graph is what

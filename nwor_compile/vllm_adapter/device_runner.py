@@ -1,4 +1,4 @@
-"""Hooks on one V2 model runner, whose counts live on the device.
+"""Hooks on model runners of a GPU; of the V2 runner, whose counts live on the device:
 
 Methods of the runner instance that are wrapped, with what each is needed for:
 
@@ -19,23 +19,80 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.forward_context import get_forward_context
 
-from nwor_compile.config import NworConfig
+from nwor_compile.tail_blocks import TailBlocks
 from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.runner import RunnerHooks
+from nwor_compile.vllm_adapter.spare_blocks import enlarged
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
 
 
-class DeviceRunnerHooks(RunnerHooks):
+class TailBlockHooks(RunnerHooks):
+    """`RunnerHooks` of a runner whose caches are allocated with tail blocks."""
+
+    _first: list[int]
+
+    def _allocate(self, kv_cache_config: Any) -> Any:
+        config, self._first = enlarged(kv_cache_config, *self.sizes)
+        return config
+
+    def _tail_blocks(self, kv_cache_config: Any) -> TailBlocks:
+        # Kernels may see a block of the scheduler's as several smaller ones.
+        sizes = self._kernel_block_sizes()
+        first, columns = {}, 0
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            ratio = group.kv_cache_spec.block_size // sizes[index]
+            first[str(index)] = self._first[index] * ratio
+            columns = max(columns, self._columns(index))
+        return TailBlocks(first=first, columns=columns)
+
+    def _kernel_block_sizes(self) -> list[int]:
+        raise NotImplementedError
+
+    def _columns(self, group: int) -> int:
+        """Width of the block table of one KV-cache group."""
+        raise NotImplementedError
+
+
+class DeviceV1Hooks(TailBlockHooks):
+    """`RunnerHooks` for vLLM's V1 model runner on a GPU."""
+
+    def _kernel_block_sizes(self) -> list[int]:
+        return list(self.runner._kernel_block_sizes)
+
+    def _columns(self, group: int) -> int:
+        return int(self.runner.input_batch.block_table[group].get_device_tensor(1).shape[1])
+
+    def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        window = self.window
+        if window is not None and self._metadata is None and window.state is State.IDLE:
+            tables = self._block_tables(window)
+            if tables:
+                window.pass_through(tables)
+        return super()._model_forward(original, *args, **kwargs)
+
+    def _tables(self, window: Window, requests: int) -> dict[str, Any]:
+        metadata = get_forward_context().attn_metadata[window.layer_names[0]]
+        return {
+            "block_table": self._block_tables(window),
+            "seq_lens": metadata.seq_lens[:requests],
+        }
+
+    def _block_tables(self, window: Window) -> dict[str, Tensor]:
+        """The step's tables by slot group; empty in a step without attention."""
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):
+            return {}
+        return {b.group: metadata[b.names[0]].block_table for b in window.tensors.batches}
+
+
+class DeviceRunnerHooks(TailBlockHooks):
     """`RunnerHooks` for vLLM's V2 model runner."""
 
     HOOKED = ("initialize_kv_cache", "prepare_attn", "execute_model", "sample")
-
-    def __init__(self, runner: Any, config: Any, settings: NworConfig) -> None:
-        self._draft_ids = torch.empty(0)
-        super().__init__(runner, config, settings)
 
     def _attach(self) -> None:
         speculator = getattr(self.runner, "speculator", None)
@@ -49,12 +106,11 @@ class DeviceRunnerHooks(RunnerHooks):
         ):
             patches.wrap(self.runner, f"GPUModelRunner.{name}", hook)
 
-    def _open(self, kv_cache_config: Any) -> None:
-        super()._open(kv_cache_config)
-        if self.window is not None:
-            slots = self.window.capacity + 1  # the last takes the ids that are no drafts
-            device = self.window.tensors.error.device
-            self._draft_ids = torch.zeros(slots, dtype=torch.int32, device=device)
+    def _kernel_block_sizes(self) -> list[int]:
+        return list(self.runner.kernel_block_sizes)
+
+    def _columns(self, group: int) -> int:
+        return int(self.runner.block_tables.input_block_tables[group].shape[1])
 
     def warmed_up(self) -> None:
         """As on V1; and vLLM's warm-up, which has run whole steps here, is not counted."""
@@ -74,16 +130,28 @@ class DeviceRunnerHooks(RunnerHooks):
             log.error("NWOR: a window was never committed; aborted")
             window.abort()
         # On the host vLLM knows how many drafts there are; which rows they are is device data.
-        # Without any, the graphs find the routing of direct mode.
+        # Without any, the graphs find the routing of direct mode, and the engine's block tables.
+        groups = {batch.group for batch in window.tensors.batches}
+        tables = {name: result[0][int(name)] for name in groups}
         if input_batch.num_draft_tokens > 0:
-            self._begin_step(window, input_batch, result[1])
+            self._begin_step(window, input_batch, tables, result[1])
+        else:
+            window.pass_through(tables)
         return result
 
-    def _begin_step(self, window: Window, input_batch: Any, slot_mappings: Tensor) -> None:
+    def _begin_step(
+        self, window: Window, input_batch: Any, tables: dict[str, Tensor], slot_mappings: Tensor
+    ) -> None:
         counts = torch.diff(input_batch.cu_num_logits) - 1  # a span's logits: drafts and one more
-        starts = input_batch.query_start_loc[: counts.shape[0] + 1]
-        groups = {batch.group for batch in window.tensors.batches}
-        window.begin(counts, starts, {name: slot_mappings[int(name)] for name in groups})
+        requests = counts.shape[0]
+        window.begin(
+            counts,
+            input_batch.query_start_loc[: requests + 1],
+            {name: slot_mappings[int(name)] for name in tables},
+            block_table=tables,
+            seq_lens=input_batch.seq_lens[:requests],
+            token_ids=input_batch.input_ids,
+        )
 
     def _execute_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -112,17 +180,14 @@ class DeviceRunnerHooks(RunnerHooks):
         except BaseException:
             window.abort()
             raise
-        drafts = self._drafts_of(window, input_batch)
-        done = window.commit(output.sampled_token_ids, drafts, sampled)
+        done = window.commit(output.sampled_token_ids, None, sampled, rejected)
+        if done.num_sampled is None or done.num_rejected is None:
+            raise RuntimeError("a commit that was given counts returned none")
         # With the error flag up nothing was committed: each request keeps its first token alone.
-        # Else this changes nothing. A prefill that goes on has sampled, and keeps, none.
-        kept = torch.minimum(sampled, done.accepted + 1)
-        output.num_sampled, output.num_rejected = kept, rejected + (sampled - kept)
+        # Else the counts are what they were. A prefill that goes on has sampled, and keeps, none.
+        # Copies: the engine reads them on another stream, while the next step overwrites these.
+        output.num_sampled, output.num_rejected = (
+            done.num_sampled.clone(),
+            done.num_rejected.clone(),
+        )
         return output, output.num_sampled, output.num_rejected
-
-    def _drafts_of(self, window: Window, input_batch: Any) -> Tensor:
-        """The step's draft ids, request after request: gathered as the rejection sampler does."""
-        places = input_batch.logits_indices
-        rows = window.tensors.routing.row_map[places]  # -1, of a token that is no draft: the last
-        self._draft_ids[rows] = input_batch.input_ids[places]
-        return self._draft_ids[: input_batch.num_draft_tokens]

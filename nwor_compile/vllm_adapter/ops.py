@@ -14,17 +14,21 @@ from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_re
 from nwor_compile.errors import ConfigError
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import LayerStaging
+from nwor_compile.vllm_adapter.redirected import Redirected
+from nwor_compile.vllm_adapter.staged_write import stage
 
 _library = torch.library.Library("nwor", "FRAGMENT")
 _layers: dict[str, LayerStaging] = {}
 _executions = {"calls": 0, "staged": 0, "direct": 0}
 _called: set[str] = set()
+_redirected = Redirected()
 
 
 def set_layers(layers: dict[str, LayerStaging]) -> None:
     """The layers that stage from now on, by vLLM's layer name; replaces the former ones."""
     _layers.clear()
     _layers.update(layers)
+    _redirected.forget()
 
 
 def executions() -> dict[str, int]:
@@ -51,7 +55,7 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
             with span("nwor.stage"):
-                layer.impl.stage_kv(layer, key, value, kv_cache, slots, staging)
+                stage(layer, key, value, kv_cache, slots, staging)
         _executions["direct" if staging is None else "staged"] += 1
     return key.new_empty(0)
 
@@ -78,7 +82,11 @@ def _verify(
     metadata, layer, kv_cache, _ = get_attention_context(name)
     shared = getattr(layer, "kv_sharing_target_layer_name", None)
     staging = _layers.get(shared or name)
-    options = {} if staging is None else {"staging": staging}
+    options = {}
+    if staging is not None:
+        metadata = _redirected(metadata, staging)
+        if getattr(layer.impl, "reads_staging", False):
+            options["staging"] = staging
     layer.impl.forward(
         layer, query, key, value, kv_cache, metadata, output=output, output_scale=output_scale,
         output_block_scale=output_block_scale, **options,

@@ -12,7 +12,8 @@ import os
 from typing import Any
 
 from nwor_compile.vllm_adapter import contract
-from nwor_compile.vllm_adapter.cuda_configure import CUDA_WORKER, cuda_refusals
+from nwor_compile.vllm_adapter.cuda_configure import BACKENDS, CUDA_WORKER, cuda_refusals
+from nwor_compile.vllm_adapter.stored_rows import FP8, PLAIN
 
 log = logging.getLogger("nwor_compile")
 
@@ -27,12 +28,12 @@ SWALLOWS_THE_OP = (
 )
 
 
-def backend_refusals(config: Any) -> list[str]:
+def backend_refusals(config: Any, attention: str = "auto") -> list[str]:
     """What stands against this package's worker and attention backend, in either mode."""
     found = []
     device = config.device_config.device_type
     if device == "cuda":
-        found += cuda_refusals(config, contract.installed()[0])
+        found += cuda_refusals(config, contract.installed()[0], attention)
     elif device != "cpu":
         found.append(f"device {device} is not supported; unset the nwor flag")
     if config.parallel_config.worker_cls != (CUDA_WORKER if device == "cuda" else CPU_WORKER):
@@ -67,14 +68,26 @@ def layer_refusal(name: str, layer: Any) -> str:
             f"layer {name}: its model writes the cache in a fused op (kv_cache_update_bypass); "
             "unset the nwor flag for this model"
         )
-    if not hasattr(impl, "stage_kv"):
+    backend = getattr(layer, "attn_backend", None)
+    known = backend.get_name() if backend is not None else type(impl).__name__
+    if known not in BACKENDS and not getattr(impl, "reads_staging", False):
         return (
-            f"layer {name}: {type(impl).__name__} cannot read staged rows; leave the attention "
-            "backend to NWOR, or unset the nwor flag for this model"
+            f"layer {name}: attention backend {known} was never seen to read staged rows; use "
+            f"{' or '.join(BACKENDS)}, or unset the nwor flag for this model"
         )
-    refuses = getattr(impl, "stage_refusal", None)
-    reason = refuses() if refuses is not None else ""
-    return f"layer {name}: {reason}" if reason else ""
+    stored = getattr(impl, "kv_cache_dtype", "auto")
+    if stored not in (*PLAIN, *FP8):
+        return (
+            f"layer {name}: rows cannot be staged for a {stored} cache; use auto or "
+            f"{' or '.join(FP8)}"
+        )
+    kind = getattr(impl, "attn_type", "decoder")
+    if kind != "decoder":
+        return (
+            f"layer {name}: NWOR is for decoders, this layer's attention is {kind}; unset the "
+            "nwor flag for this model"
+        )
+    return ""
 
 
 def _parallelism(config: Any) -> list[str]:

@@ -22,6 +22,7 @@ from vllm.forward_context import get_forward_context
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
+from nwor_compile.tail_blocks import TailBlocks
 from nwor_compile.vllm_adapter import ops, patches
 from nwor_compile.vllm_adapter.packed_cache import is_packed, split_cache
 from nwor_compile.vllm_adapter.refusals import layer_refusal
@@ -113,14 +114,30 @@ class RunnerHooks:
         self._target = set(self.config.compilation_config.static_forward_context)
         return original(*args, **kwargs)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Most requests of a step, most drafts of a request."""
+        drafts = self.config.speculative_config.num_speculative_tokens
+        return self.config.scheduler_config.max_num_seqs, drafts
+
     def _initialize_kv_cache(
         self, original: Callable[..., Any], kv_cache_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        result = original(kv_cache_config, *args, **kwargs)
-        profiling = kwargs.get("is_profiling", args[0] if args else False)
-        if not profiling:
-            self._open(kv_cache_config)
+        if kwargs.get("is_profiling", args[0] if args else False):
+            return original(kv_cache_config, *args, **kwargs)
+        allocated = self._allocate(kv_cache_config)
+        result = original(allocated, *args, **kwargs)
+        self._open(kv_cache_config)
         return result
+
+    def _allocate(self, kv_cache_config: Any) -> Any:
+        """What the runner is to allocate."""
+        return kv_cache_config
+
+    def _tail_blocks(self, kv_cache_config: Any) -> TailBlocks | None:
+        """Where staging lies in the caches, once they exist; None: in memory of its own."""
+        del kv_cache_config
+        return None
 
     def _open(self, kv_cache_config: Any) -> None:
         if self.window is not None:
@@ -131,16 +148,18 @@ class RunnerHooks:
             self._refuse(problem)
             return
         scheduler = self.config.scheduler_config
+        requests, drafts = self.sizes
         self.window = Window(
             layers,
-            max_requests=scheduler.max_num_seqs,
-            max_drafts=self.config.speculative_config.num_speculative_tokens,
+            max_requests=requests,
+            max_drafts=drafts,
             max_tokens=scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
             config=self.settings,
             kv_cache_dtype=_stored_dtype(self.config.cache_config.cache_dtype),
             groups=groups,
             by_name=True,
             share_error=_sharing(self.config.parallel_config.tensor_parallel_size),
+            tail_blocks=self._tail_blocks(kv_cache_config),
         )
         ops.set_layers(self.window.layers)
 
@@ -194,7 +213,13 @@ class RunnerHooks:
         requests = counts.shape[0]
         mapping = get_forward_context().slot_mapping
         slots = {batch.group: mapping[batch.names[0]] for batch in window.tensors.batches}
-        window.begin(counts, self.runner.query_start_loc.gpu[: requests + 1], slots)
+        starts = self.runner.query_start_loc.gpu[: requests + 1]
+        window.begin(counts, starts, slots, **self._tables(window, requests))
+
+    def _tables(self, window: Window, requests: int) -> dict[str, Any]:
+        """What `Window.begin` needs of a step if staging lies in tail blocks."""
+        del window, requests
+        return {}
 
     def _sample(self, original: Callable[..., Any], logits: Any, spec_decode_metadata: Any) -> Any:
         window = self.window
