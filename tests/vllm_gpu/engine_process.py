@@ -219,6 +219,7 @@ def _cache_facts(worker: Any) -> dict[str, Any]:
     first = context[layers[0].name].kv_cache
     return {
         "layers": len(layers),
+        "backend": type(context[layers[0].name].impl).__name__,
         "groups": len({layer.group for layer in layers}),
         "windows": sorted({_window(context[layer.name].impl) for layer in layers}),
         "block_size": layers[0].block_size,
