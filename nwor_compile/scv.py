@@ -102,7 +102,7 @@ def validate(
     Closes the routing. Arguments as for `accept_mask`, with
 
     draft_ids: None for `tensors.draft_ids`; every draft then has an id.
-    num_rejected: `[R]` int32 or int64, to be clamped like `num_sampled`.
+    num_rejected: `[R]` int32 or int64, with `num_sampled` only; see `Committed`.
     """
     ids = _ids(tensors, draft_ids, sampled_ids.shape[0])
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], tensors.error.device)
@@ -124,7 +124,7 @@ def finish(
 
     Args:
         mask: bool `[N]`. accepted: int32 `[R]`. bits: int32 `[1]`, for the error flag.
-        num_sampled, num_rejected: `[R]` int32 or int64; see `Committed`.
+        num_sampled, num_rejected: `[R]` int32 or int64, or the second None, or both.
     """
     verdict = verdict_buffers(accepted.shape[0], mask.shape[0], tensors.error.device)
     verdict.mask.copy_(mask)

@@ -18,9 +18,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from window_support import ALL, NONE, SOME, rig
 
 from nwor_compile import Committed
-from nwor_compile.ops.scv import accept_mask_reference
+from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
 from nwor_compile.routing import ID_MISMATCH
-from nwor_compile.scv import WindowTensors, _Captured, _replay, host_loop, validate
+from nwor_compile.scv import (
+    WindowTensors,
+    _Captured,
+    _replay,
+    _settle,
+    host_loop,
+    validate,
+)
 
 MODES = ("off", "graph", "adaptive")
 
@@ -369,22 +376,24 @@ def test_the_graph_of_the_mask_is_right_for_other_data() -> None:
 
 
 def test_the_whole_validation_is_one_graph_without_data_dependence() -> None:
-    """Mask, error flag, commit of every batch and counters, traced through our ops."""
+    """Mask, error flag, commit of every batch, counters and routing."""
     with rig() as r:
         r.begin()
         r.forward()
         sampling = r.sampling(SOME)
 
         def step(sampled: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-            result = validate(r.window.tensors, sampled, drafts, counts)
-            return result.accepted, result.mask, result.error
+            result = validate(r.window.tensors, sampled, drafts, counts, counts)
+            assert result.num_sampled is not None
+            assert result.num_rejected is not None
+            return result.accepted, result.mask, result.num_sampled, result.num_rejected
 
         assert sampling.num_sampled is not None
         graph = make_fx(step)(sampling.sampled_ids, r.batch.draft_ids, sampling.num_sampled)
         r.window.abort()
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    assert targets.count("nwor.accept_mask.default") == 1
-    assert targets.count("nwor.commit_kv.default") == 1
+    # The commit of two layers: K and V of each are scattered.
+    assert targets.count("aten.index_put_.default") >= 4
     assert not _waits(graph)
 
 
@@ -392,7 +401,7 @@ def test_the_whole_validation_is_one_graph_without_data_dependence() -> None:
 
 
 class HostGraph:
-    """What a CUDA graph of `validate` does at replay: the same calls on the same buffers."""
+    """What a captured CUDA graph does at replay: the same calls on the same buffers."""
 
     captured: _Captured
 
@@ -400,25 +409,15 @@ class HostGraph:
         self.tensors = tensors
 
     def replay(self) -> None:
-        c = self.captured
-        result = validate(self.tensors, c.sampled_ids, c.draft_ids, c.num_sampled, c.ids_given)
-        c.result.accepted.copy_(result.accepted)
-        c.result.mask.copy_(result.mask)
+        _settle(self.tensors, self.captured.verdict)
 
 
 def host_graph(tensors: WindowTensors, size: int, max_drafts: int) -> _Captured:
     graph = HostGraph(tensors)
-    rows = size * max_drafts
-    graph.captured = _Captured(
-        graph=graph,  # type: ignore[arg-type]
-        sampled_ids=torch.full((size, max_drafts + 1), 77),
-        draft_ids=torch.full((rows,), 77),
-        num_sampled=torch.full((size,), 77, dtype=torch.int32),
-        ids_given=torch.full((1,), 77, dtype=torch.int32),
-        result=Committed(
-            torch.zeros(size, dtype=torch.int32), torch.zeros(rows, dtype=torch.bool), tensors.error
-        ),
-    )
+    verdict = verdict_buffers(size, size * max_drafts, torch.device("cpu"))
+    verdict.numbers.fill_(77)
+    verdict.mask.fill_(True)
+    graph.captured = _Captured(graph, verdict)  # type: ignore[arg-type]
     return graph.captured
 
 
@@ -429,7 +428,8 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
     """A bucket of eight requests serves fewer, and no earlier window shows in a later one."""
     few = st.integers(-1, 2)
     with rig([Span(4, 1, 3)], max_requests=8, max_drafts=4) as r:
-        captured = host_graph(r.window.tensors, 8, 4)
+        tensors = r.window.tensors
+        captured = host_graph(tensors, 8, 4)
         for _ in range(3):
             counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=8))
             columns = data.draw(st.integers(0, 5))
@@ -442,11 +442,21 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
             if data.draw(st.booleans()):
                 said = torch.tensor([data.draw(st.integers(-1, 6)) for _ in counts])
             matrix = torch.tensor(sampled, dtype=torch.int64).view(len(counts), columns)
+            refused = None
+            if said is not None and data.draw(st.booleans()):
+                refused = torch.tensor([data.draw(st.integers(0, 4)) for _ in counts])
             outcomes = []
-            for run in (partial(host_loop, r.window.tensors), partial(_replay, captured)):
-                for tensor in (r.window.tensors.error, r.window.tensors.drafts):
+            for run in (partial(host_loop, tensors), partial(_replay, tensors, captured)):
+                for tensor in (tensors.error, tensors.drafts, tensors.counters):
                     tensor.zero_()
-                r.window.tensors.drafts[: len(counts)] = torch.tensor(counts, dtype=torch.int32)
-                got = run(matrix, ids, said)
-                outcomes.append([t.tolist() for t in (got.accepted, got.mask, got.error)])
+                tensors.drafts[: len(counts)] = torch.tensor(counts, dtype=torch.int32)
+                tensors.routing.row_map.fill_(5)
+                got = run(matrix, ids, said, refused)
+                assert tensors.routing.row_map.eq(-1).all()
+                assert (got.num_sampled is None) == (said is None)
+                assert (got.num_rejected is None) == (refused is None)
+                outcome = (got.accepted, got.mask, got.error, got.num_sampled, got.num_rejected)
+                outcomes.append(
+                    [None if t is None else t.tolist() for t in (*outcome, tensors.counters)]
+                )
             assert outcomes[0] == outcomes[1]

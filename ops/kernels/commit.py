@@ -102,7 +102,7 @@ def _close(
         said = tl.load(num_sampled + request, mask=real, other=0)
         refused = tl.load(num_rejected + request, mask=real, other=0)
         kept = tl.minimum(said, taken + 1)
-        tl.store(accepted + request, taken, mask=real & (failed != 0))
+        tl.store(accepted + request, taken, mask=request < tl.where(failed == 0, 0, requests))
         tl.store(num_sampled + request, kept, mask=real)
         tl.store(num_rejected + request, refused + said - kept, mask=real)
     for first in range(0, tl.where(failed == 0, 0, rows), BLOCK):

@@ -35,7 +35,7 @@ def _load_ids(words, index, wide, mask):
     """
     place = words + index * (1 + wide)
     low = tl.load(place, mask=mask, other=0)
-    high = tl.load(place + wide, mask=mask & (wide > 0), other=0)
+    high = tl.load(place + wide, mask=mask, other=0)  # the same word, if not wide
     high = tl.where(wide > 0, high, low >> 31)
     return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
@@ -206,9 +206,8 @@ def _judge_kernel(
     total = before + tl.sum(own, axis=0)
 
     at = sampled_ids + (wide_request[:, None] * s_request) * (1 + wide_sampled)
-    rejected = _load_ids(
-        num_rejected, wide_request * s_rejected, wide_rejected, real & (flags & _HAS_REJECTED != 0)
-    ).to(tl.int32)
+    known = request < tl.where(flags & _HAS_REJECTED != 0, requests, 0)
+    rejected = _load_ids(num_rejected, wide_request * s_rejected, wide_rejected, known)
     if flags & _HAS_COUNT != 0:
         said = _load_ids(num_sampled, wide_request * s_count, wide_count, real)
         count = tl.minimum(tl.maximum(said, 0), columns).to(tl.int32)
@@ -222,7 +221,7 @@ def _judge_kernel(
     )  # fmt: skip
     tl.store(numbers + request, taken, mask=real)
     tl.store(numbers + room + request, said, mask=real)
-    tl.store(numbers + 2 * room + request, rejected, mask=real)
+    tl.store(numbers + 2 * room + request, rejected.to(tl.int32), mask=real)
     bits = tl.max(wrong, axis=0) * ID_MISMATCH
 
     if program == tl.num_programs(0) - 1:
