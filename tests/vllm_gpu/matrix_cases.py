@@ -41,7 +41,8 @@ class Case:
         expects: text of NWOR's refusal; empty: it must run.
         small_cache: so few blocks of 16 tokens that requests are preempted; 0: enough.
         moe: needs the kernels for mixtures of experts.
-        speculative, llm, environment: further settings. kv_scales: of an fp8 cache.
+        speculative, llm, environment: further settings. drafter: what its config has otherwise
+            than `matrix_models.drafter` makes it. kv_scales: of an fp8 cache.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     speculative: Mapping[str, Any] = field(default_factory=dict)
     llm: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    drafter: Mapping[str, Any] = field(default_factory=dict)
     kv_scales: tuple[float, float] | None = None
 
     def options(self, kind: str, folder: Path) -> dict[str, Any]:
@@ -81,8 +83,13 @@ class Case:
         if kind == "partitioned":
             given = llm.get("compilation_config", {})
             llm["compilation_config"] = {**given, "use_inductor_graph_partition": True}
+        folders = (
+            "tiny"
+            if trained
+            else matrix_models.write(self.model, self.method, folder, **self.drafter)
+        )
         return {
-            "model": "tiny" if trained else matrix_models.write(self.model, self.method, folder),
+            "model": folders,
             "nwor": KINDS[kind],
             "speculative": speculative,
             "llm": llm,
@@ -149,7 +156,7 @@ CASES: dict[str, Case] = _named(
     tiny__eagle__graphs_none=_case(**_graphs("NONE")),
     tiny__eagle__graphs_piecewise=_case(**_graphs("PIECEWISE")),
     tiny__eagle__graphs_full_decode=_case(**_graphs("FULL_DECODE_ONLY")),
-    tiny__eagle__hnd=_case(layout="HND", kinds=("stage",), expects="NHD"),
+    tiny__eagle__hnd=_case(layout="HND", kinds=("stage",), expects="NHD memory"),
     tiny__eagle__probabilistic=_case(speculative={"draft_sample_method": "probabilistic"}),
     tiny__eagle__block_verify=_case(speculative={"rejection_sample_method": "block"}),
     tiny__eagle__synthetic=_case(speculative=synthetic(4)),
@@ -166,6 +173,7 @@ CASES: dict[str, Case] = _named(
     llama64__eagle3=_case("llama64", method="eagle3"),
     llama64__eagle3__triton=_case("llama64", method="eagle3", **TRITON),
     llama64__eagle__fp8=_case("llama64", cache="fp8"),
+    llama64__eagle__other_heads=_case("llama64", drafter={"num_key_value_heads": 8}),
     llama128mqa__eagle=_case("llama128mqa"),
     llama128mqa__eagle__triton=_case("llama128mqa", **TRITON, k=8),
     llama96mha__eagle=_case("llama96mha"),
@@ -189,6 +197,7 @@ CASES: dict[str, Case] = _named(
     gemma3__eagle__triton__e5m2=_case("gemma3", **TRITON, cache="fp8_e5m2"),
     gemma3__eagle__nan=_case("gemma3", kinds=("stock", "nan")),
     gemma3__eagle__preempted=_case("gemma3", small_cache=110),
+    gemma3__eagle__other_heads=_case("gemma3", drafter={"num_key_value_heads": 4}),
     gemma3__draft=_case("gemma3", **DRAFT),
     gemma3__ngram=_case("gemma3", **NGRAM),
     mistral__eagle=_case("mistral"),

@@ -18,7 +18,7 @@ from first_light import text_prompts
 from matrix_cases import KINDS, Case
 
 SCRIPT = Path(__file__).with_name("engine_process.py")
-REFUSAL = re.compile(r"NWOR cannot [^\n]*|NWOR does not [^\n]*")
+REFUSAL = re.compile(r"(?:NWOR cannot|NWOR does not|tail blocks:) [^\n]*")
 REQUESTS, TOKENS = 12, 64
 
 

@@ -115,12 +115,14 @@ def drafter(target: dict[str, Any], method: str) -> dict[str, Any] | None:
     return None
 
 
-def write(name: str, method: str, folder: Path) -> dict[str, str | None]:
-    """Folders of a target and its drafter, as `engine_process.py` takes them."""
+def write(name: str, method: str, folder: Path, **differences: Any) -> dict[str, str | None]:
+    """Folders of a target and its drafter, as `engine_process.py` takes them. differences: of the
+    drafter's config."""
     target = TARGETS[name]
     folders: dict[str, str | None] = {"target": None, "drafter": None}
-    for role, config in (("target", target), ("drafter", drafter(target, method))):
-        if config is not None:
+    for role, made in (("target", target), ("drafter", drafter(target, method))):
+        if made is not None:
+            config = {**made, **(differences if role == "drafter" else {})}
             place = folder / role
             place.mkdir(parents=True, exist_ok=True)
             (place / "config.json").write_text(json.dumps(config, indent=1))
