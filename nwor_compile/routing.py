@@ -72,6 +72,7 @@ def begin_rows(
     slots: list[Tensor],
     *,
     max_drafts: int,
+    capacity: int,
     staging_rows: int,
     tail: TailRows | None = None,
     seq_lens: Tensor | None = None,
@@ -91,10 +92,10 @@ def begin_rows(
             all is a warm-up step, which has no drafts whatever its counts.
         routing: its tensors are filled.
         kept: what the commit needs, written whole; `certain` rows are added to its counters.
-        slots: one int64 `[capacity + 1]` a slot group, overwritten: the slots of the drafts in
+        slots: one int64 `[> capacity]` a slot group, overwritten: the slots of the drafts in
             their order, -1 behind them. An engine may overwrite its slot mapping before the commit
             (a drafter does), so the window keeps its own.
-        max_drafts: most drafts a request may have; capacity of `slots`, of a step.
+        max_drafts, capacity: most drafts a request and a step may have.
         staging_rows: staging rows there are.
         tail: None, and draft n of the step is staged at row n; or see `TailRows`, with
         seq_lens: `[R]` integer, tokens of each request, this step's among them.
@@ -102,7 +103,7 @@ def begin_rows(
             drafts'.
     """
     requests, device = num_drafts.shape[0], routing.row_map.device
-    first, capacity = slot_mappings[0], slots[0].shape[0] - 1
+    first, last = slot_mappings[0], slots[0].shape[0] - 1
     starts = query_start_loc.long()
     spans = starts[1:] - starts[:-1]
     counts = torch.where((first >= 0).any(), num_drafts.long(), 0)
@@ -138,15 +139,16 @@ def begin_rows(
     kept.error.copy_(bad.to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW)
     kept.drafts.copy_(routing.num_drafts)
     tokens = first.shape[0]
-    index = torch.where(is_draft & ~flagged, order[owner] + draft, capacity)[:tokens]
+    index = torch.where(is_draft & ~flagged, order[owner] + draft, last)
     for mapping, own in zip(slot_mappings, slots, strict=True):
         own.fill_(-1)
-        own.scatter_(0, index, mapping.long())
-        own[capacity:].fill_(-1)
+        own.scatter_(0, index[: mapping.shape[0]], mapping.long())
+        own[last:].fill_(-1)
     for values, target in ((row, kept.rows), (token_ids, kept.draft_ids)):
         if values is not None and target is not None:
-            full = torch.zeros(capacity + 1, dtype=target.dtype, device=device)
-            target.copy_(full.scatter_(0, index, values[:tokens].to(target.dtype))[:capacity])
+            full = torch.zeros(last + 1, dtype=target.dtype, device=device)
+            full.scatter_(0, index[:tokens], values[:tokens].to(target.dtype))
+            target.copy_(full[:last])
     certain = (first >= 0) & (routing.row_map[:tokens] < 0)
     kept.counters[COUNTERS["certain"]] += certain.sum()
 

@@ -448,7 +448,8 @@ class Window:
         layout = None if self.redirection is None else self.redirection.layout
         pick(BEGIN, tensors.error.device)(
             num_drafts, query_start_loc, [slots[group] for group in own], routing, kept,
-            list(own.values()), max_drafts=self.max_drafts, staging_rows=self.staging_rows,
+            list(own.values()), max_drafts=self.max_drafts, capacity=self.capacity,
+            staging_rows=self.staging_rows,
             tail=layout, seq_lens=seq_lens, token_ids=token_ids,
         )  # fmt: skip
         if self.redirection is not None and tables is not None and seq_lens is not None:

@@ -78,6 +78,7 @@ def run(
     slots = [dirty(capacity + 1, dtype=torch.int64) for _ in case.mappings]
     begin(
         case.counts, case.starts, case.mappings, routing, kept, slots, max_drafts=MAX_DRAFTS,
+        capacity=capacity,
         staging_rows=capacity if tail is None else max_requests * tail.rows, tail=tail,
         seq_lens=None if tail is None else case.lengths, token_ids=case.ids,
     )  # fmt: skip

@@ -30,14 +30,16 @@ from nwor_compile.tail_blocks import (
     tail_blocks_needed,
 )
 
-BF16 = Geometry(model_dtype=torch.bfloat16)
+# Kernels run where they can: compiled on a GPU, else in Triton's interpreter.
+F32 = Geometry(device="cuda" if torch.cuda.is_available() else "cpu")
+BF16 = replace(F32, model_dtype=torch.bfloat16)
 GEOMETRIES = {
-    "float32": Geometry(),
+    "float32": F32,
     "packed bf16": replace(BF16, layout="packed"),
     "blocks of 16": replace(BF16, layout="packed", block_size=16),
     "fp8": replace(BF16, layout="packed", kv_cache_dtype="fp8_e4m3", scale="tensor"),
     "fp8 as bytes": replace(BF16, kv_cache_dtype="fp8_e5m2", as_uint8=True, scale="head"),
-    "one head": Geometry(kv_heads=1, heads=2),
+    "one head": replace(F32, kv_heads=1, heads=2),
 }
 
 
@@ -114,7 +116,7 @@ def test_drafts_that_begin_anywhere_in_a_block_and_cross_into_the_next(
     context: int, ops: str
 ) -> None:
     spans = (Span(context, 1, 5), Span(context, 3, 1), Span(0, 2, 4))
-    with rig(spans, max_requests=3, tail=True) as r:
+    with rig(spans, geometries=(F32,), max_requests=3, tail=True) as r:
         wanted, before = direct(r), r.rows()
         r.begin()
         stage(r)
@@ -125,7 +127,7 @@ def test_drafts_that_begin_anywhere_in_a_block_and_cross_into_the_next(
 
 
 def test_windows_follow_each_other(ops: str) -> None:
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
         for seed in range(3):
             r.new_rows(seed)
             before = r.rows()
@@ -145,7 +147,7 @@ def test_windows_follow_each_other(ops: str) -> None:
 
 
 def test_a_step_without_a_window_reads_the_engines_table(ops: str) -> None:
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
         r.begin()
         stage(r)
         r.commit(SOME)
@@ -160,7 +162,7 @@ def test_a_step_without_a_window_reads_the_engines_table(ops: str) -> None:
 
 
 def test_impossible_counts_redirect_nothing_and_write_no_draft(ops: str) -> None:
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
         before = r.rows()
         counts = r.batch.num_drafts.clone()
         counts[0] = 6  # of a span of 4 tokens
@@ -177,9 +179,9 @@ def test_impossible_counts_redirect_nothing_and_write_no_draft(ops: str) -> None
 
 
 def test_ids_that_begin_was_given_need_no_second_telling(ops: str) -> None:
-    with rig(tail=True) as r:
-        ids = torch.zeros(r.batch.slot_mapping.shape[0], dtype=torch.int32)
-        ids[r.batch.draft_tokens] = r.batch.draft_ids
+    with rig(geometries=(F32,), tail=True) as r:
+        ids = torch.zeros_like(r.batch.slot_mapping)
+        ids[r.batch.draft_tokens] = r.batch.draft_ids.long()
         r.begin(token_ids=ids)
         stage(r)
         sampling = r.sampling(SOME)
@@ -189,7 +191,7 @@ def test_ids_that_begin_was_given_need_no_second_telling(ops: str) -> None:
 
 
 def test_no_ids_at_all_are_a_fallback() -> None:
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
         r.begin()
         stage(r)
         result = r.window.commit(r.sampling(SOME).sampled_ids)
@@ -211,7 +213,8 @@ def test_redirect_kernel_does_what_the_specification_says(layout: str, write_tab
         r = Rig(spans, geometries=(geometry,), max_requests=len(spans), tail=True)
         caches = [layer.cache for layer in r.layers]
         keys, values = [c.key for c in caches], [c.value for c in caches]
-        table = torch.full((len(spans) + 2, batch.block_table.shape[1] + 3), 7, dtype=torch.int32)
+        shape = (len(spans) + 2, batch.block_table.shape[1] + 3)
+        table = torch.full(shape, 7, dtype=torch.int32, device=F32.device)
         run(
             keys, values, cache_table(keys, values, keys, values), batch.block_table,
             batch.seq_lens.long(), batch.query_start_loc, batch.num_drafts, table, tail=tail,
@@ -271,16 +274,20 @@ def test_layers_of_different_block_sizes() -> None:
     ],
 )
 def test_begin_without_what_tail_blocks_need(changed: dict[str, Any], text: str) -> None:
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
+        arguments = {
+            name: value if value is None else value.to(F32.device)
+            for name, value in changed.items()
+        }
         with pytest.raises(WindowInputError, match=text):
-            r.begin(**changed)
+            r.begin(**arguments)
         r.assert_next_window_is_clean()
 
 
 def test_pass_through_is_for_idle_windows_with_tail_blocks() -> None:
-    with rig() as r, pytest.raises(WindowInputError, match="no tail blocks"):
+    with rig(geometries=(F32,)) as r, pytest.raises(WindowInputError, match="no tail blocks"):
         r.window.pass_through(r.batch.block_table)
-    with rig(tail=True) as r:
+    with rig(geometries=(F32,), tail=True) as r:
         r.begin()
         with pytest.raises(WindowOrderError):
             r.window.pass_through(r.batch.block_table)

@@ -349,8 +349,8 @@ def test_invariant_6_an_overflow_of_all_counts_together_is_flagged_and_writes_no
         for layer in r.layers:
             stage_kv_window(**write_arguments(layer, r.batch))
         r.commit(ALL)
-        staged = r.window.tensors.batches[0].staged_key
-        assert staged.shape[1] == 30  # so row 8 exists, and must not have been taken
+        staged = r.window.tensors.batches[0].staged_keys[0]
+        assert staged.shape[0] == 30  # so row 8 exists, and must not have been taken
         assert r.holds(r.expected(before, NONE))
 
 
@@ -551,7 +551,7 @@ def test_invariant_8_routing_is_in_buffers_that_never_move() -> None:
         tensors = r.window.tensors
         persistent = (
             *vars(tensors.routing).values(), tensors.drafts, tensors.error, tensors.state,
-            tensors.counters, tensors.batches[0].slots, tensors.batches[0].staged_key,
+            tensors.counters, tensors.batches[0].slots, *tensors.batches[0].staged_keys,
         )  # fmt: skip
         places = [tensor.data_ptr() for tensor in persistent]
         r.run(SOME)
@@ -559,7 +559,7 @@ def test_invariant_8_routing_is_in_buffers_that_never_move() -> None:
         r.window.abort()
         now = (
             *vars(tensors.routing).values(), tensors.drafts, tensors.error, tensors.state,
-            tensors.counters, tensors.batches[0].slots, tensors.batches[0].staged_key,
+            tensors.counters, tensors.batches[0].slots, *tensors.batches[0].staged_keys,
         )  # fmt: skip
         assert [tensor.data_ptr() for tensor in now] == places
 
@@ -571,6 +571,7 @@ def test_invariant_9_everything_that_changes_the_graph_is_in_the_key_and_nothing
     base = NworConfig()
     changes: dict[str, Any] = {
         "mode": "off", "strict": True, "scv": "off", "debug": True, "poison": "nan",
+        "attention": "stock",
     }  # fmt: skip
     assert set(changes) == set(NworConfig.model_fields)
     changed = {

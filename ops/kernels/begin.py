@@ -43,6 +43,7 @@ def _any_slot(slot_mapping, s_slot, tokens, BLOCK: tl.constexpr):
         "requests",
         "max_requests",
         "capacity",
+        "last_slot",
         "staging_rows",
         "max_drafts",
         "words",
@@ -51,7 +52,7 @@ def _any_slot(slot_mapping, s_slot, tokens, BLOCK: tl.constexpr):
 def _begin_kernel(
     num_drafts, query_start_loc, seq_lens, slot_mapping, token_ids, row_map, out_drafts, tail_start,
     drafts_kept, error, state, counters, slots, rows, draft_ids,
-    tokens, requests, max_requests, capacity, staging_rows, max_drafts, words,
+    tokens, requests, max_requests, capacity, last_slot, staging_rows, max_drafts, words,
     s_drafts, s_start, s_length, s_slot, s_id, s_counter,
     R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr,
     TAIL_BLOCK: tl.constexpr, TAIL_ROWS: tl.constexpr, IDS: tl.constexpr,
@@ -120,11 +121,11 @@ def _begin_kernel(
 
     if tl.program_id(0) == 0:
         used = tl.where(flagged, 0, tl.sum(drafts, axis=0))
-        for first in range(0, capacity + 1, 1024):
+        for first in range(0, last_slot + 1, 1024):
             unused = first + tl.arange(0, 1024)
             gone = tl.zeros([1024], tl.int64)
-            tl.store(slots + unused, gone - 1, mask=(unused >= used) & (unused <= capacity))
-            past = (unused >= used) & (unused < capacity)
+            tl.store(slots + unused, gone - 1, mask=(unused >= used) & (unused <= last_slot))
+            past = (unused >= used) & (unused < last_slot)
             if FIRST:
                 if TAIL_BLOCK > 0:
                     tl.store(rows + unused, gone.to(tl.int32), mask=past)
@@ -157,6 +158,7 @@ def begin_rows(
     slots: list[Tensor],
     *,
     max_drafts: int,
+    capacity: int,
     staging_rows: int,
     tail: Any = None,
     seq_lens: Tensor | None = None,
@@ -178,8 +180,8 @@ def begin_rows(
                 num_drafts, query_start_loc, seq_lens, mapping, ids, routing.row_map,
                 routing.num_drafts, routing.tail_start, kept.drafts, kept.error, kept.state,
                 kept.counters, own, kept.rows, kept.draft_ids,
-                tokens, requests, kept.drafts.shape[0], own.shape[0] - 1, staging_rows, max_drafts,
-                kept.state.numel(),
+                tokens, requests, kept.drafts.shape[0], capacity, own.shape[0] - 1, staging_rows,
+                max_drafts, kept.state.numel(),
                 num_drafts.stride(0), query_start_loc.stride(0),
                 0 if seq_lens is None else seq_lens.stride(0), mapping.stride(0),
                 0 if ids is None else ids.stride(0), kept.counters.stride(0),

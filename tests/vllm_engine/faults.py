@@ -173,11 +173,11 @@ class Faults:
         begin, forward = window.begin, runner._model_forward
         inside = {"abort": False, "open": 0}
 
-        def forgetful(*args: Any) -> None:
+        def forgetful(*args: Any, **kwargs: Any) -> None:
             for batch in window.tensors.batches:
-                batch.staged_key.fill_(torch.nan)
-                batch.staged_value.fill_(torch.nan)
-            begin(*args)
+                for staged in (*batch.staged_keys, *batch.staged_values):
+                    staged.fill_(torch.nan)
+            begin(*args, **kwargs)
 
         def aborting(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
