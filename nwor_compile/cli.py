@@ -194,5 +194,15 @@ def bench_engine_command(ctx: typer.Context) -> None:
     inner(args=list(ctx.args), prog_name="nwor bench engine")
 
 
+@bench.command("steps", add_help_option=False, context_settings=_PASS_THROUGH)
+def bench_steps_command(ctx: typer.Context) -> None:
+    """In vLLM on a GPU: time of a decode step, stock against NWOR, by batch and context."""
+    from nwor_compile.bench.steps import bench_steps
+
+    inner = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+    inner.command()(bench_steps)
+    inner(args=list(ctx.args), prog_name="nwor bench steps")
+
+
 if __name__ == "__main__":
     app()
