@@ -303,7 +303,7 @@ def make_case(
         staged = [[*staged_key], [rows[:, :heads] for rows in apart]]
     for rows in (*staged[0], *staged[1]):
         rows.copy_(torch.randn(rows.shape, generator=rng).to(dtype).to(DEVICE))
-    lists = (keys, values, *staged)
+    lists = (keys, values, staged[0], staged[1])
     slots = torch.randperm(blocks * block_size, generator=rng)[: drafts + 1] - 1
     slots[-2] = blocks * block_size * 9  # outside the cache
     rows = torch.randperm(spare * block_size, generator=rng)[:drafts].to(torch.int32)

@@ -29,13 +29,13 @@ def test_each_geometry_is_one_batch_and_one_commit_call(monkeypatch: pytest.Monk
     calls = []
     import nwor_compile.scv as scv
 
-    commit = scv.commit_kv
+    commit = scv.COMMIT
 
     def spy(*args: object) -> None:
         calls.append(args)
-        commit(*args)  # type: ignore[arg-type]
+        commit.reference(*args)
 
-    monkeypatch.setattr(scv, "commit_kv", spy)
+    monkeypatch.setattr(scv, "COMMIT", commit._replace(reference=spy))
     with rig(geometries=GEOMETRIES) as r:
         before = r.rows()
         result = r.run(SOME)
@@ -43,9 +43,10 @@ def test_each_geometry_is_one_batch_and_one_commit_call(monkeypatch: pytest.Monk
         assert r.holds(r.expected(before, SOME))
         assert [len(batch.names) for batch in r.window.tensors.batches] == [2, 2, 2, 2]
         assert len(calls) == 4
-        flags = {call[6].data_ptr() for call in calls}  # type: ignore[attr-defined]
+        flags = {call[4].data_ptr() for call in calls}  # type: ignore[attr-defined]
         assert flags == {r.window.tensors.error.data_ptr()}
-        # Rows are counted once a window, so one call alone has the counters.
+        # Rows are counted once a window, so one call alone has the counters, and closes.
+        assert [call[7] is not None for call in calls] == [True, False, False, False]
         assert [call[9] is not None for call in calls] == [True, False, False, False]
         metrics = r.window.metrics()
         assert (metrics.nwor_total_staged, metrics.nwor_stage_operations) == (9, 9 * 8)

@@ -93,7 +93,9 @@ class Batch:
             for heads in (point.heads, point.kv_heads, point.kv_heads)
         )
         self.state = torch.zeros(self.layers, 2, dtype=torch.int32, device="cuda")
-        self.cache_table = ops.cache_table(*map(list, zip(*self.caches, strict=True)))
+        keys, values = map(list, zip(*self.caches, strict=True))
+        self.committed = (keys, values, list(self.staged_key), list(self.staged_value))
+        self.cache_table = ops.cache_table(*self.committed)
         self.mask = torch.rand(rows[1], device="cuda") < ACCEPTANCE
         self.counters = torch.zeros(ops.counter_size(drafts), dtype=torch.int64, device="cuda")
         self.error = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -123,11 +125,9 @@ class Batch:
 
     def commit(self) -> None:
         """Our commit of all layers."""
-        keys, values = map(list, zip(*self.caches, strict=True))
         ops.commit_kv(
-            keys, values, self.staged_key, self.staged_value, self.draft_slots, self.mask,
-            self.error, self.num_drafts, self.num_drafts, self.counters, self.cache_table,
-            self.layers,
+            *self.committed, self.draft_slots, self.mask, self.error, self.num_drafts,
+            self.num_drafts, self.counters, self.cache_table, self.layers,
         )  # fmt: skip
 
     def staged_path(self) -> None:

@@ -57,6 +57,11 @@ class _Step:
         self.sampled[:, taken] = 1000
         self.num_sampled = torch.full((requests,), taken + 1, dtype=torch.int32, device="cuda")
         self.mask = accept_mask(self.sampled, self.draft_ids, self.ends)[0]
+        # The drafts and slots of a window stay known when it is closed, and layers that staged
+        # nothing then agree with its routing: it can be validated any number of times.
+        self.stage()
+        self.window.abort()
+        self.window.tensors.state.zero_()
 
     def stage(self) -> None:
         """Open a window and stage every layer."""

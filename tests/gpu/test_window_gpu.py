@@ -136,13 +136,64 @@ def test_too_few_draft_ids_are_found_by_a_graph_too() -> None:
         assert r.holds(r.expected(before, NONE))
 
 
-def test_wider_ids_than_the_graph_run_as_plain_launches(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("columns", [6, 9, 40])
+def test_ids_of_any_width_and_strides_take_a_graph(columns: int) -> None:
     with rig(geometries=(GEOMETRY,)) as r:
         r.window.warm_up()
-        for _ in range(2):
-            assert run(r, SOME, columns=9).accepted.tolist() == SOME
-        assert r.window.validator.vectorised == {"more sampled columns than the graph's buffers": 2}
-    assert len([w for w in warnings_of(caplog) if "columns" in w]) == 1
+        for accepted in (SOME, ALL):
+            sampling = r.sampling(accepted, columns=columns)
+            apart = sampling.sampled_ids.T.contiguous().T
+            before = r.rows()
+            r.begin()
+            stage(r)
+            result = r.window.commit(apart, r.batch.draft_ids, sampling.num_sampled)
+            assert result.accepted.tolist() == accepted
+            assert r.holds(r.expected(before, accepted))
+        assert r.window.validator.vectorised == {}
+
+
+@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_counts_and_kept_ids_through_graph_plain_launches_and_host_loop(
+    tail: bool, fault: bool
+) -> None:
+    """Draft ids from begin, and the engine's counts clamped to what was committed."""
+    outcomes = []
+    for scv, warm in (("off", False), ("graph", False), ("graph", True)):
+        with rig(geometries=(GEOMETRY, OTHER), scv=scv, tail=tail) as r:
+            if warm:
+                r.window.warm_up()
+            found: list[tuple[Any, ...]] = []
+            for accepted in (ALL, SOME, NONE):
+                sampling = r.sampling(accepted)
+                assert sampling.num_sampled is not None
+                tokens = torch.full_like(r.batch.row_map, -5)
+                drafts = r.batch.row_map >= 0
+                tokens[drafts] = r.batch.draft_ids[r.batch.row_map[drafts]]
+                rejected = torch.arange(6, device="cuda", dtype=torch.int32)
+                r.begin(token_ids=tokens[: r.batch.slot_mapping.shape[0]])
+                for layer in r.layers[fault:]:
+                    stage_kv_window(**write_arguments(layer, r.batch))
+                result = r.window.commit(sampling.sampled_ids, None, sampling.num_sampled, rejected)
+                assert result.num_sampled is not None
+                assert result.num_rejected is not None
+                said = sampling.num_sampled
+                kept = said.clamp(max=1) if fault else said
+                assert result.accepted.tolist() == (NONE if fault else accepted)
+                assert result.num_sampled.tolist() == kept.tolist()
+                assert result.num_rejected.tolist() == (rejected + said - kept).tolist()
+                assert r.window.tensors.routing.row_map.eq(-1).all()
+                assert not r.window.tensors.routing.num_drafts.any()
+                mask = result.mask.tolist()
+                assert not any(mask[9:])
+                rows = [part for layer in r.layers for part in layer.cache.dump()]
+                metrics = r.window.metrics().model_copy(update={"nwor_scv_vectorised": 0})
+                found.append((mask[:9], result.error.tolist(), metrics, rows))
+            outcomes.append(found)
+    for other in outcomes[1:]:
+        for mine, theirs in zip(outcomes[0], other, strict=True):
+            assert mine[:3] == theirs[:3]
+            assert all(same_bits(a, b) for a, b in zip(mine[3], theirs[3], strict=True))
 
 
 def test_an_error_commits_nothing_in_a_graph() -> None:
