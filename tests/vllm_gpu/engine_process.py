@@ -5,7 +5,8 @@ answer: what was started. Then one answer a command; the end of the commands end
 
 Options: model: `tiny`, or the arguments of a LlamaConfig, or the folders `{"target": PATH,
 "drafter": PATH or null}`; nwor: settings, or null for stock vLLM; speculative: further arguments of
-speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache.
+speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache;
+soft_cap: of the attention's logits.
 Command: prompts (lists of ids), max_tokens, temperature, audit, timing; profile: time by kernel;
 seed: of what is drawn for requests without one; logprobs: report those of the tokens.
 """
@@ -93,6 +94,8 @@ class Engine:
             matrix_weights.register()
         if options.get("kv_scales"):
             matrix_weights.scale_caches(*options["kv_scales"])
+        if options.get("soft_cap"):
+            matrix_weights.cap_logits(options["soft_cap"])
         self.drafts = arguments["speculative_config"]["num_speculative_tokens"]
         self.llm = LLM(**arguments)
         self.staged = (options["nwor"] or {}).get("mode") == "stage"

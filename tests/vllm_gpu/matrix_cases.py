@@ -42,7 +42,8 @@ class Case:
         small_cache: so few blocks of 16 tokens that requests are preempted; 0: enough.
         moe: needs the kernels for mixtures of experts.
         speculative, llm, environment: further settings. drafter: what its config has otherwise
-            than `matrix_models.drafter` makes it. kv_scales: of an fp8 cache.
+            than `matrix_models.drafter` makes it. kv_scales: of an fp8 cache. soft_cap: of the
+            attention's logits.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     environment: Mapping[str, str] = field(default_factory=dict)
     drafter: Mapping[str, Any] = field(default_factory=dict)
     kv_scales: tuple[float, float] | None = None
+    soft_cap: float | None = None
 
     def options(self, kind: str, folder: Path) -> dict[str, Any]:
         """Options of `engine_process.py`; writes the model's folders where it needs any."""
@@ -94,6 +96,7 @@ class Case:
             "speculative": speculative,
             "llm": llm,
             "kv_scales": self.kv_scales,
+            "soft_cap": self.soft_cap,
         }
 
     def _blocks(self) -> int:
@@ -186,11 +189,14 @@ CASES: dict[str, Case] = _named(
     qwen3__eagle__triton=_case("qwen3", **TRITON),
     qwen3__draft=_case("qwen3", **DRAFT),
     # Windows, soft caps, several groups of caches.
-    gemma2__eagle=_case("gemma2"),
-    gemma2__eagle__triton=_case("gemma2", **TRITON),
-    gemma2__eagle__fp8=_case("gemma2", cache="fp8"),
     gemma2__draft=_case("gemma2", **DRAFT),
+    gemma2__draft__triton=_case("gemma2", **DRAFT, **TRITON),
+    gemma2__draft__fp8=_case("gemma2", **DRAFT, cache="fp8"),
+    gemma2__ngram=_case("gemma2", **NGRAM),
     gemma3__eagle=_case("gemma3"),
+    gemma3__eagle__soft_cap=_case("gemma3", soft_cap=5.0),
+    gemma3__eagle__triton__soft_cap=_case("gemma3", **TRITON, soft_cap=5.0),
+    gemma3__eagle__fp8=_case("gemma3", cache="fp8"),
     gemma3__eagle__k17=_case("gemma3", k=17),
     gemma3__eagle__b32=_case("gemma3", block=32),
     gemma3__eagle__triton=_case("gemma3", **TRITON),

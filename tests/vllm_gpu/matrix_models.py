@@ -58,7 +58,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "gemma3": model(
         "Gemma3ForCausalLM", "gemma3_text", **heads(4, 2, 128), num_hidden_layers=6,
         sliding_window=WINDOW, query_pre_attn_scalar=128, hidden_activation="gelu_pytorch_tanh",
-        layer_types=["sliding_attention"] * 5 + ["full_attention"], tie_word_embeddings=True,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"],
         rope_parameters={
             "sliding_attention": ROPE, "full_attention": {**ROPE, "rope_theta": 1e6},
         },
@@ -109,9 +109,9 @@ def drafter(target: dict[str, Any], method: str) -> dict[str, Any] | None:
     if method in ("eagle", "eagle3"):
         return llama(**same, num_hidden_layers=1)
     if method == "draft_model":
-        layers = 2 if "layer_types" in target else 1
-        kinds = {"layer_types": target["layer_types"][-2:]} if layers == 2 else {}
-        return {**target, "num_hidden_layers": layers, **kinds}
+        # vLLM wants all of a drafter's layers in one group of caches.
+        kinds = {"layer_types": ["full_attention"]} if "layer_types" in target else {}
+        return {**target, "num_hidden_layers": 1, **kinds}
     return None
 
 

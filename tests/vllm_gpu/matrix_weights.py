@@ -1,4 +1,4 @@
-"""Random weights under which attention matters, and scales for fp8 caches.
+"""Random weights under which attention matters; scales for fp8 caches and soft caps by hand.
 
 vLLM's `dummy` weights are within 1e-3: attention's output vanishes in the residual, so an engine
 that read stale rows would emit the same tokens. Here every matrix keeps the size of its input, and
@@ -29,12 +29,14 @@ def fill(model: nn.Module) -> None:
 
 
 def values(name: str, like: Tensor, *, plus_one: bool) -> Tensor:
-    """A matrix `[..., inputs]` of variance 1 / inputs; a vector of deviation 0.1, around one or
-    zero (Gemma's norms add the one themselves)."""
+    """A matrix `[..., inputs]` of variance 1 / inputs, less for embeddings, or a model whose logits
+    are made with them says the same token for ever; a vector of deviation 0.1, around one or zero
+    (Gemma's norms add the one themselves)."""
     generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     if like.dim() >= 2:
-        return (noise / like.shape[-1] ** 0.5).to(like)
+        size = 0.1 if "embed_tokens" in name else 1.0
+        return (size * noise / like.shape[-1] ** 0.5).to(like)
     return (noise / 10 + plus_one).to(like)
 
 
@@ -50,6 +52,19 @@ def register() -> None:
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             fill(model)
+
+
+def cap_logits(cap: float) -> None:
+    """Give every attention layer made from here on this soft cap, as Gemma 2's have it: no other
+    model of vLLM's has one, and Gemma 2 serves no drafter of the V2 runner's."""
+    from vllm.model_executor.layers.attention import Attention
+
+    original = Attention.__init__
+
+    def capped(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "logits_soft_cap": cap})
+
+    Attention.__init__ = capped
 
 
 def scale_caches(key: float, value: float) -> None:
