@@ -139,6 +139,7 @@ def test_configurations_are_named_by_what_differs() -> None:
     ]  # fmt: skip
     assert found[1] == Configuration(k=8)
     assert found[3].speculative_config("head")["synthetic_acceptance_length"] == 2.5
+    assert [c.compiled_as for c in found[:3]] == ["3b", "3b:k=8", "3b"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ every engine accept the same. The files of a run, in --output:
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -117,9 +118,9 @@ def bench_steps(
         raise typer.Exit(2) from None
 
     def launch(configuration: Configuration, mode: Mode) -> EngineProcess:
-        name = f"{configuration.label}-{mode.label}".replace(":", "_").replace("=", "_")
-        environment = engine_environment(output / "cache" / name)
-        return EngineProcess(output / "logs" / f"{name}.log", environment, timeout, WORKER)
+        log = output / "logs" / f"{_file_name(configuration.label, mode)}.log"
+        cache = output / "cache" / _file_name(configuration.compiled_as, mode)
+        return EngineProcess(log, engine_environment(cache), timeout, WORKER)
 
     def say(text: str) -> None:
         console.print(text, style="dim")
@@ -136,6 +137,10 @@ def bench_steps(
     done = [row for row in record.rows if row.status in ("ok", "memory")]
     if len(done) < wanted:
         raise typer.Exit(1)
+
+
+def _file_name(configuration: str, mode: Mode) -> str:
+    return re.sub(r"[^\w.-]", "_", f"{configuration}-{mode.label}")
 
 
 def make_plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nwor_compile.errors import ConfigError
@@ -63,6 +63,11 @@ class Configuration:
                     f"{field.name}={value:g}" if field.name != "cache" else f"cache={value}"
                 )
         return ":".join(parts)
+
+    @property
+    def compiled_as(self) -> str:
+        """Equal for configurations that need the same code."""
+        return replace(self, acceptance=Configuration.acceptance).label
 
     @property
     def weight_bytes(self) -> int:
