@@ -417,6 +417,16 @@ def test_after_the_time_limit_no_point_is_begun(tmp_path: Path) -> None:
     assert harness.log[-2:] == ["close stock", "close stage"]
 
 
+def test_engines_that_run_one_at_a_time_are_finished_once_begun(tmp_path: Path) -> None:
+    harness = Harness(tmp_path, points="1x512", one_at_a_time=True, stop_after=50.0)
+
+    def override(engine: FakeEngine, operation: str, arguments: dict[str, Any]) -> None:
+        harness.now += 20
+
+    harness.override = override  # type: ignore[method-assign]
+    assert harness.run()["1x512"].status == "ok"
+
+
 def test_profiles_come_after_all_points_and_are_kept_with_their_row(tmp_path: Path) -> None:
     harness = Harness(tmp_path, profile="1x512,64x4096")
     rows = harness.run()

@@ -300,23 +300,20 @@ class Run:
     # One engine at a time
 
     def _one_by_one(self, configuration: Configuration, points: list[Point]) -> None:
+        # Not between the modes: what one engine measured is worth nothing without the others.
+        self._check_time()
         rows = {point: self._row(configuration, point) for point in points}
         reports: dict[str, EngineReport] = {}
-        try:
-            for mode in self.plan.modes:
-                self._check_time()
-                engines, found = self._start(configuration, [mode], None)
-                reports |= found
-                try:
-                    if not engines:
-                        self._fail(configuration, points, _errors(found))
-                        return
-                    self._alone(configuration, mode, engines[mode.label], rows, found)
-                finally:
-                    _close(engines)
-        except OutOfTime:
-            self._note("points of one engine at a time were not finished")
-            raise
+        for mode in self.plan.modes:
+            engines, found = self._start(configuration, [mode], None)
+            reports |= found
+            try:
+                if not engines:
+                    self._fail(configuration, points, _errors(found))
+                    return
+                self._alone(configuration, mode, engines[mode.label], rows, found)
+            finally:
+                _close(engines)
         for point, row in rows.items():
             row.interleaved, row.attempts = False, 1
             if not self._fits(configuration, point, reports):
