@@ -27,7 +27,7 @@ from first_light import this_machine
 from matrix_cases import CASES, CONTROLS, Case
 from matrix_report import differs, row, shortened, table
 
-START = 90  # seconds that a new engine must at least have left
+START = 80  # seconds that a new engine must at least have left
 
 
 class Matrix:
