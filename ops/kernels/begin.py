@@ -104,12 +104,12 @@ def _begin_kernel(
         code = tl.full([T], -1, tl.int32)
         if TAIL_BLOCK > 0:
             # Certain rows in the first draft's block: attention reads that block from the tail.
-            room = tl.sum(tl.where(own & (drafts > 0)[None, :], place[None, :], 0), axis=1)
-            room = tl.where(flagged, 0, room)
+            covered = tl.sum(tl.where(own & (drafts > 0)[None, :], place[None, :], 0), axis=1)
+            covered = tl.where(flagged, 0, covered)
             from_here = first_draft - token
             opened = tl.sum(tl.where(own, start[None, :], 0), axis=1)
             mirrored = inside & (token < last) & (token >= opened)
-            code = tl.where(mirrored & (from_here > 0) & (from_here <= room), -row - 2, code)
+            code = tl.where(mirrored & (from_here > 0) & (from_here <= covered), -row - 2, code)
             tl.store(rows + index, row, mask=known)
         if IDS:
             ids = tl.load(token_ids + token * s_id, mask=known, other=0).to(tl.int64)
@@ -133,10 +133,10 @@ def _begin_kernel(
                     tl.store(draft_ids + unused, gone, mask=past)
         if FIRST:
             tl.store(error, bad * _BAD + overflow * _OVERFLOW)
-            count = tl.where(flagged | (real == 0), 0, drafts)
+            noted = tl.where(flagged | (real == 0), 0, drafts)
             room = r < max_requests
-            tl.store(out_drafts + r, count, mask=room)
-            tl.store(drafts_kept + r, count, mask=room)
+            tl.store(out_drafts + r, noted, mask=room)
+            tl.store(drafts_kept + r, noted, mask=room)
             tl.store(tail_start + r, tl.where(real, tails, 0), mask=room)
             for first in range(R, max_requests, R):
                 nobody = first + r
