@@ -31,7 +31,7 @@ from nwor_compile.tail_blocks import (
 )
 
 # Kernels run where they can: compiled on a GPU, else in Triton's interpreter.
-F32 = Geometry(device="cuda" if torch.cuda.is_available() else "cpu")
+F32 = Geometry(head_size=16, device="cuda" if torch.cuda.is_available() else "cpu")
 BF16 = replace(F32, model_dtype=torch.bfloat16)
 GEOMETRIES = {
     "float32": F32,

@@ -8,7 +8,7 @@ from typing import Any
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.passes.layer_ops import LayerOps
-from nwor_compile.vllm_adapter.cuda_configure import NWOR_CUDA_WORKER, partition_by_inductor
+from nwor_compile.vllm_adapter.cuda_configure import NWOR_CUDA_WORKER, cut_at_twins
 from nwor_compile.vllm_adapter.graph_pass import VllmNworPass
 from nwor_compile.vllm_adapter.refusals import backend_refusals, refusals
 from nwor_compile.vllm_adapter.settings import FIELD, PASS_SLOT, requested, take_name_out
@@ -42,7 +42,8 @@ def configure(config: Any) -> list[str]:
         options = config.compilation_config.inductor_compile_config
         options[PASS_SLOT] = VllmNworPass(LayerOps(), strict=settings.strict)
     if config.device_config.device_type == "cuda":
-        partition_by_inductor(config.compilation_config)
+        if settings.mode == "stage":
+            cut_at_twins(config.compilation_config)
         config.parallel_config.worker_cls = NWOR_CUDA_WORKER
     else:
         config.parallel_config.worker_cls = NWOR_WORKER

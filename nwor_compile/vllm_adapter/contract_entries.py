@@ -214,8 +214,34 @@ CUDA: tuple[Entry, ...] = (
     Names("config/vllm.py", "VllmConfig", ("attention_config", "lora_config"), until=CUDA_END),
     Names(
         COMPILATION, "CompilationConfig",
-        ("use_inductor_graph_partition", "splitting_ops", "_attention_ops"), until=CUDA_END,
+        ("use_inductor_graph_partition", "splitting_ops"), until=CUDA_END,
     ),
+    # graph_split.py: the cut, and that it is looked up where it is replaced.
+    Function(
+        "compilation/backends.py", "split_graph", ("graph", "splitting_ops"), exact=True,
+        until=CUDA_END,
+    ),
+    Text(
+        "compilation/backends.py", "VllmBackend.__call__", "split_graph(graph, fx_split_ops)",
+        until=CUDA_END,
+    ),
+    # spare_blocks.py: caches are as large as their tensors, whatever `num_blocks` says.
+    Names(
+        "v1/kv_cache_interface.py", "KVCacheConfig",
+        ("num_blocks", "kv_cache_tensors", "kv_cache_groups"), until=CUDA_END,
+    ),
+    Names("v1/kv_cache_interface.py", "KVCacheTensor", ("size", "shared_by"), until=CUDA_END),
+    Names("v1/kv_cache_interface.py", "KVCacheSpec", ("block_size",), until=CUDA_END),
+    Text(
+        "v1/worker/gpu/attn_utils.py", "_reshape_kv_cache",
+        "kv_raw_tensor.numel() // kv_cache_spec.page_size_bytes", until=CUDA_END,
+    ),
+    Function(GPU_WORKER, "Worker.determine_available_memory", ("self",), until=CUDA_END),
+    Attributes(V2_RUNNER, "GPUModelRunner", ("block_tables", "kernel_block_sizes"), until=CUDA_END),
+    Attributes(
+        "v1/worker/gpu/block_table.py", "BlockTables", ("input_block_tables",), until=CUDA_END
+    ),
+    Attributes(RUNNER, "GPUModelRunner", ("_kernel_block_sizes",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.init_device", ("self",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.load_model", ("self",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",), until=CUDA_END),
@@ -249,7 +275,7 @@ CUDA: tuple[Entry, ...] = (
     Names(
         "v1/worker/gpu/input_batch.py", "InputBatch",
         (
-            "num_draft_tokens", "cu_num_logits", "query_start_loc", "logits_indices", "input_ids",
+            "num_draft_tokens", "cu_num_logits", "query_start_loc", "seq_lens", "input_ids",
         ),
         until=CUDA_END,
     ),

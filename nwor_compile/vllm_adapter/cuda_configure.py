@@ -10,7 +10,7 @@ from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
 
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 NWOR_CUDA_WORKER = "nwor_compile.vllm_adapter.cuda_worker.NworGPUWorker"
-VERIFY_OP = "nwor::vllm_verify"
+STAGE_OP, VERIFY_OP = "nwor::vllm_stage", "nwor::vllm_verify"
 METHODS = ("eagle", "eagle3", "draft_model", "ngram", "mtp")
 # Backends of vLLM's whose cache is packed as `packed_cache.py` says and whose metadata has a block
 # table, so that they read tail blocks.
@@ -57,13 +57,12 @@ def cuda_refusals(config: Any, version: str, attention: str) -> list[str]:
     return found
 
 
-def partition_by_inductor(compilation: Any) -> None:
-    """Let Inductor cut the graph at the attention, not Dynamo.
+def cut_at_twins(compilation: Any) -> None:
+    """Have vLLM cut the graph at the twins as it does at its own ops.
 
-    By default vLLM cuts the graph at its attention and cache-write ops before Inductor sees it, and
-    no pass finds them. Cut by Inductor, after the passes, the write is compiled and captured with
-    the piece before it. The list must hold all attention ops of vLLM's, or it counts as having
-    none, and ours in their place.
+    Where Inductor cuts it instead (`use_inductor_graph_partition`), the staged write is compiled
+    and captured with the piece before the attention, and no cut is wanted there.
     """
-    compilation.use_inductor_graph_partition = True
-    compilation.splitting_ops = [*compilation._attention_ops, VERIFY_OP]
+    twins = [VERIFY_OP] if compilation.use_inductor_graph_partition else [STAGE_OP, VERIFY_OP]
+    present = compilation.splitting_ops or []
+    compilation.splitting_ops = [*present, *(op for op in twins if op not in present)]

@@ -9,11 +9,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
+from nwor_compile.vllm_adapter import graph_split
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
 from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks, DeviceV1Hooks
 from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
 from nwor_compile.vllm_adapter.runner import RunnerHooks
-from nwor_compile.vllm_adapter.settings import requested
+from nwor_compile.vllm_adapter.settings import PASS_SLOT, requested
 from nwor_compile.vllm_adapter.spare_blocks import bytes_needed
 
 
@@ -32,6 +33,8 @@ class NworGPUWorker(PublishesMetrics, Worker):
         if settings is not None and settings.mode == "stage":
             hooks = DeviceRunnerHooks if self.use_v2_model_runner else DeviceV1Hooks
             self.nwor = hooks(self.model_runner, self.vllm_config, settings)
+            options = self.vllm_config.compilation_config.inductor_compile_config
+            graph_split.use(options[PASS_SLOT])
 
     def load_model(self, **kwargs: Any) -> None:
         """The setting `attention` goes to the target's layers."""

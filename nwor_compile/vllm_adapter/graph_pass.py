@@ -30,6 +30,8 @@ class VllmNworPass(CustomGraphPass):
         report = rewrite_layers(
             graph, self.ops, strict=self.strict, name=f"vLLM graph {len(self.reports)}"
         )
+        if not report.decisions:
+            return  # a piece between the layer ops, or a graph that was rewritten before the cut
         self.reports.append(report)
         log.info(
             "NWOR pass: %d writes staged, %d direct, %.1f ms",

@@ -4,6 +4,8 @@ Layers that no window knows (a drafter's) go through vLLM's own code, so one rew
 serve both models.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -22,10 +24,16 @@ _layers: dict[str, LayerStaging] = {}
 _executions = {"calls": 0, "staged": 0, "direct": 0}
 _called: set[str] = set()
 _redirected = Redirected()
+_idle: Callable[[], bool] | None = None
 
 
-def set_layers(layers: dict[str, LayerStaging]) -> None:
-    """The layers that stage from now on, by vLLM's layer name; replaces the former ones."""
+def set_layers(layers: dict[str, LayerStaging], idle: Callable[[], bool] | None = None) -> None:
+    """The layers that stage from now on, by vLLM's layer name; replaces the former ones.
+
+    idle: says that no window is open.
+    """
+    global _idle
+    _idle = idle
     _layers.clear()
     _layers.update(layers)
     _redirected.forget()
@@ -51,13 +59,21 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
     _, layer, kv_cache, slots = get_attention_context(name)
     if slots is not None:
         staging = _layers.get(name)
-        if staging is None:
+        if staging is None or _certain_only(staging):
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
             with span("nwor.stage"):
                 stage(layer, key, value, kv_cache, slots, staging)
         _executions["direct" if staging is None else "staged"] += 1
     return key.new_empty(0)
+
+
+def _certain_only(staging: LayerStaging) -> bool:
+    """Whether this call, made now and not recorded for later, has no draft to stage: then the
+    engine's own write does, which costs the host less. In tail blocks alone, that is on a GPU."""
+    if staging.block_table is None or _idle is None or not _idle():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _stage_fake(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:

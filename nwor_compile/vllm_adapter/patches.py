@@ -47,6 +47,8 @@ PATCHES: dict[str, Patch] = {
         ("input_ids", "positions"), "begin before it, abort if it raises"
     ),
     "GPUModelRunner._sample": Patch(("logits", "spec_decode_metadata"), "commit after it"),
+    # In a worker on a GPU that stages.
+    "backends.split_graph": Patch(("graph", "splitting_ops"), "rewrite graphs before the cut"),
     # The same of the V2 model runner.
     "speculator.load_model": Patch(("target_model",), "which layers are the target's"),
     "GPUModelRunner.prepare_attn": Patch(("input_batch",), "begin: slots and counts are there"),

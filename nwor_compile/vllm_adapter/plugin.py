@@ -40,8 +40,9 @@ def _create_engine_config(original: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def _forget_backend() -> None:
-    """An earlier engine of this process may have replaced CPU_ATTN; this one may not want that."""
-    for name in ("cpu_backend", "cuda_backend"):
+    """An earlier engine of this process may have replaced an attention backend, or rewritten
+    graphs; this one may not want that."""
+    for name in ("cpu_backend", "cuda_backend", "graph_split"):
         backend = sys.modules.get(f"nwor_compile.vllm_adapter.{name}")
         if backend is not None:
             backend.forget()

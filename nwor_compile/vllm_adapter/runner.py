@@ -161,7 +161,8 @@ class RunnerHooks:
             share_error=_sharing(self.config.parallel_config.tensor_parallel_size),
             tail_blocks=self._tail_blocks(kv_cache_config),
         )
-        ops.set_layers(self.window.layers)
+        window = self.window
+        ops.set_layers(window.layers, lambda: window.state is not State.OPEN)
 
     def _target_layers(
         self, kv_cache_config: Any

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nwor_compile.ops import stage_kv
+from nwor_compile.ops.cache_write import STAGE
+from nwor_compile.ops.library import pick
 from nwor_compile.ops.staging import LayerStaging
 from nwor_compile.vllm_adapter.packed_cache import split_cache
 from nwor_compile.vllm_adapter.stored_rows import PLAIN
@@ -31,9 +32,13 @@ def stored(layer: Any) -> tuple[str, Tensor | None, Tensor | None]:
 def stage(
     layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor, staging: LayerStaging
 ) -> None:
-    """Certain rows to the cache, draft rows to staging, in one launch."""
+    """Certain rows to the cache, draft rows to staging, in one launch.
+
+    Without the checks of the op `stage_kv`: outside graphs this runs once a layer and step, and
+    what they look at was checked when the window was made.
+    """
     key_cache, value_cache = split_cache(kv_cache)
-    stage_kv(
+    pick(STAGE, key.device)(
         key, value, key_cache, value_cache, staging.key, staging.value, staging.state, slots,
         staging.routing.row_map, *stored(layer),
     )  # fmt: skip

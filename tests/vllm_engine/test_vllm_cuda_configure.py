@@ -31,9 +31,9 @@ def config(**changes: Any) -> Any:
 def test_what_ran_is_not_refused() -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
-    assert cuda_refusals(config(), RAN) == []
+    assert cuda_refusals(config(), RAN, "auto") == []
     flash = SimpleNamespace(name="FLASH_ATTN")
-    assert cuda_refusals(config(attention_config__backend=flash), RAN) == []
+    assert cuda_refusals(config(attention_config__backend=flash), RAN, "auto") == []
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,11 @@ def test_what_ran_is_not_refused() -> None:
     [
         ({}, "0.32.0", "0.32.0"),
         ({"attention_config__backend": SimpleNamespace(name="FLASHINFER")}, RAN, "FLASHINFER"),
-        ({"cache_config__cache_dtype": "fp8"}, RAN, "fp8"),
-        ({"model_config__dtype": "torch.float16"}, RAN, "float16"),
+        ({"cache_config__cache_dtype": "nvfp4"}, RAN, "nvfp4"),
+        ({"model_config__dtype": "torch.float32"}, RAN, "float32"),
         ({"lora_config": object()}, RAN, "LoRA"),
-        ({"parallel_config__tensor_parallel_size": 2}, RAN, "tensor parallelism"),
         ({"parallel_config__data_parallel_size": 2}, RAN, "data parallelism"),
-        ({"speculative_config__method": "ngram"}, RAN, "ngram"),
+        ({"speculative_config__method": "medusa"}, RAN, "medusa"),
     ],
 )
 def test_what_never_ran_is_refused_by_name(
@@ -54,7 +53,7 @@ def test_what_never_ran_is_refused_by_name(
 ) -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
-    (problem,) = cuda_refusals(config(**changes), version)
+    (problem,) = cuda_refusals(config(**changes), version, "auto")
     assert named in problem
 
 
@@ -62,8 +61,9 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    (problem,) = cuda_refusals(config(), RAN)
+    (problem,) = cuda_refusals(config(), RAN, "auto")
     assert "VLLM_BATCH_INVARIANT" in problem
+    assert not cuda_refusals(config(), RAN, "stock")  # vLLM's own kernels alone
 
 
 def test_drafters_layers_are_known_on_both_runners() -> None:
@@ -76,30 +76,97 @@ def test_drafters_layers_are_known_on_both_runners() -> None:
     assert drafters_layers(SimpleNamespace(speculator=None)) == set()
 
 
-def test_inductor_cuts_at_the_attention_and_keeps_the_write() -> None:
+@pytest.mark.parametrize("by_inductor", [False, True])
+def test_the_graph_is_cut_at_the_twins_as_at_vllms_own_ops(by_inductor: bool) -> None:
     from vllm.config import CompilationConfig
 
-    from nwor_compile.vllm_adapter.cuda_configure import VERIFY_OP, partition_by_inductor
+    from nwor_compile.vllm_adapter.cuda_configure import STAGE_OP, VERIFY_OP, cut_at_twins
 
-    compilation = CompilationConfig()
-    partition_by_inductor(compilation)
-    assert compilation.use_inductor_graph_partition
-    assert compilation.splitting_ops_contain_attention()
-    assert compilation.splitting_ops is not None
-    assert VERIFY_OP in compilation.splitting_ops
-    assert not any("kv_cache_update" in op or "stage" in op for op in compilation.splitting_ops)
+    compilation = CompilationConfig(use_inductor_graph_partition=by_inductor)
+    compilation.splitting_ops = ["vllm::unified_attention_with_output"]
+    cut_at_twins(compilation)
+    cut_at_twins(compilation)
+    twins = [VERIFY_OP] if by_inductor else [STAGE_OP, VERIFY_OP]
+    assert compilation.splitting_ops == ["vllm::unified_attention_with_output", *twins]
+    assert compilation.use_inductor_graph_partition == by_inductor
 
 
-def test_each_layer_says_why_it_cannot_be_staged() -> None:
+def test_the_pass_runs_before_the_cut_and_not_after_it_was_forgotten() -> None:
+    import torch
+    from vllm.compilation import backends
+
+    from nwor_compile.passes.layer_ops import LayerOps
+    from nwor_compile.vllm_adapter import graph_split
+    from nwor_compile.vllm_adapter.graph_pass import VllmNworPass
+
+    def traced() -> torch.fx.GraphModule:
+        graph = torch.fx.Graph()
+        q, k, v, out = (graph.placeholder(name) for name in ("q", "k", "v", "out"))
+        double = graph.call_function(torch.add, (k, k))
+        dep = graph.call_function(
+            torch.ops.vllm.unified_kv_cache_update.default, (double, v, "layer")
+        )
+        graph.call_function(
+            torch.ops.vllm.unified_attention_with_output.default, (q, double, v, out, "layer"),
+            {"kv_cache_dummy_dep": dep},
+        )  # fmt: skip
+        graph.output((graph.call_function(torch.add, (out, out)),))
+        return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+    cut_at = [
+        "vllm::unified_kv_cache_update", "vllm::unified_attention_with_output",
+        "nwor::vllm_stage", "nwor::vllm_verify",
+    ]  # fmt: skip
+
+    def pieces() -> list[str]:
+        _, items = backends.split_graph(traced(), cut_at)
+        return [
+            str(node.target)
+            for item in items
+            for node in item.graph.graph.nodes
+            if node.op == "call_function"
+        ]
+
+    original, before = backends.split_graph, pieces()
+    try:
+        graph_split.use(VllmNworPass(LayerOps(), strict=True))
+        assert [name.replace("nwor.vllm_", "") for name in pieces()] == [
+            name.replace(
+                "vllm.unified_kv_cache_update", "stage.default".removesuffix(".default")
+            ).replace("vllm.unified_attention_with_output", "verify")
+            for name in before
+        ]
+        graph_split.forget()
+        assert pieces() == before
+    finally:
+        graph_split.forget()
+        backends.split_graph = original
+
+
+def test_a_layer_says_why_it_cannot_be_staged() -> None:
+    from nwor_compile.vllm_adapter.refusals import layer_refusal
+
+    def layer(backend: str = "FLASH_ATTN", **impl: Any) -> Any:
+        named = SimpleNamespace(get_name=lambda: backend)
+        return SimpleNamespace(impl=SimpleNamespace(**impl), attn_backend=named)
+
+    for made, named in (
+        (layer(), ""), (layer("TRITON_ATTN", kv_cache_dtype="fp8_e5m2"), ""),
+        (layer("FLASHINFER"), "FLASHINFER"), (layer(kv_cache_dtype="nvfp4"), "nvfp4"),
+        (layer(attn_type="encoder_only"), "encoder_only"),
+    ):  # fmt: skip
+        reason = layer_refusal("layer", made)
+        assert (named in reason) if named else not reason
+
+
+def test_the_fused_kernel_says_where_it_cannot_run_and_auto_does_without() -> None:
     from vllm.v1.attention.backend import AttentionType
 
     from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
-    from nwor_compile.vllm_adapter.refusals import layer_refusal
 
     fine: dict[str, Any] = {
         "alibi_slopes": None, "sinks": None, "attn_type": AttentionType.DECODER,
         "kv_cache_dtype": "auto", "sliding_window": (-1, -1), "logits_soft_cap": 0,
-        "dcp_world_size": 1,
     }  # fmt: skip
     for change, named in (
         ({}, ""), ({"alibi_slopes": 1}, "ALiBi"), ({"sinks": 1}, "sinks"),
@@ -108,5 +175,41 @@ def test_each_layer_says_why_it_cannot_be_staged() -> None:
     ):  # fmt: skip
         impl = object.__new__(NworFlashImpl)
         impl.__dict__.update(fine, **change)
-        reason = layer_refusal("layer", SimpleNamespace(impl=impl))
+        assert impl.attention == "stock"
+        reason = impl.choose("fused")
         assert (named in reason) if named else not reason
+        assert not impl.choose("auto")
+        assert impl.attention == ("stock" if named else "auto")
+
+
+@pytest.mark.parametrize(
+    ("requests", "longest", "fused"),
+    [(1, 5, True), (4, 5, True), (5, 5, False), (1, 1, False), (1, 17, False), (64, 5, False)],
+)
+def test_auto_takes_the_fused_kernel_for_small_decode_batches(
+    requests: int, longest: int, fused: bool
+) -> None:
+    from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
+
+    impl = object.__new__(NworFlashImpl)
+    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=longest)
+    for attention, wanted in (("auto", fused), ("stock", False), ("fused", True)):
+        impl.attention = attention  # type: ignore[assignment]
+        assert impl._fused(metadata) is wanted
+
+
+def test_caches_get_tail_blocks_of_each_group_at_their_ends() -> None:
+    from nwor_compile.vllm_adapter.spare_blocks import bytes_needed, enlarged
+
+    def spec(block_size: int) -> Any:
+        return SimpleNamespace(block_size=block_size, page_size_bytes=100 * block_size)
+
+    tensors = [SimpleNamespace(size=160_000, shared_by=["a", "b"])]
+    groups = [SimpleNamespace(kv_cache_spec=spec(16)), SimpleNamespace(kv_cache_spec=spec(16))]
+    given = SimpleNamespace(num_blocks=100, kv_cache_tensors=tensors, kv_cache_groups=groups)
+    made, first = enlarged(given, max_requests=4, max_drafts=5)
+    assert first == [100, 108]  # two blocks a request
+    assert made.kv_cache_tensors[0].size == 116 * 1600
+    assert made.num_blocks == 100
+    assert given.kv_cache_tensors[0].size == 160_000
+    assert bytes_needed({"a": spec(16), "b": spec(16)}, 4, 5) == 16 * 1600
