@@ -201,8 +201,8 @@ def test_stage_kv_into_blocks_of_the_cache_itself(
         ]
         state = torch.tensor([10, 0], dtype=torch.int32)
         ops.stage_kv(
-            key, value, *(rows[:blocks] for rows in cache), *staged, state, *MIXED_ROWS, name,
-            scale_of(scale, heads), scale_of(scale, heads),
+            key, value, cache[0][:blocks], cache[1][:blocks], staged[0], staged[1], state,
+            *MIXED_ROWS, name, scale_of(scale, heads), scale_of(scale, heads),
         )  # fmt: skip
         assert state.tolist() == [14, 1]
         return cache
