@@ -16,7 +16,7 @@ from nwor_compile.ops.layout import (
     logical_value,
     scatter_rows,
 )
-from nwor_compile.ops.library import define
+from nwor_compile.ops.library import Launcher, define
 
 OVERFLOW = 1  # value of stage_state[1] once a row had no staging row
 
@@ -198,6 +198,8 @@ _reshape_and_cache = define(
     check=check_write,
     kernel="cache_write:reshape_and_cache",
 )
+# `stage_kv` without its checks, for callers that made them once.
+STAGE = Launcher(stage_kv_reference, "cache_write:stage_kv")
 _stage_kv = define(
     "stage_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) staged_key, Tensor(d!) staged_value, Tensor(e!) stage_state, Tensor slot_mapping, "
