@@ -71,9 +71,10 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
 def _certain_only(staging: LayerStaging) -> bool:
     """Whether this call, made now and not recorded for later, has no draft to stage: then the
     engine's own write does, which costs the host less. In tail blocks alone, that is on a GPU."""
-    if staging.block_table is None or _idle is None or not _idle():
+    table = staging.block_table
+    if table is None or _idle is None or not _idle():
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _stage_fake(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:

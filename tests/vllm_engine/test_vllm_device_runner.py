@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,24 +22,20 @@ MODEL = ("model.layers.0.attn", "model.layers.1.attn")
 DRAFTER = "model.layers.2.attn"
 
 
-class Staged:
-    """An attention implementation that can stage, or says why not."""
-
-    def __init__(self, refusal: str = "") -> None:
-        self.refusal = refusal
-
-    def stage_kv(self) -> None: ...
-
-    def stage_refusal(self) -> str:
-        return self.refusal
-
-
-def layer(refusal: str = "") -> Any:
+def layer(backend: str = "FLASH_ATTN") -> Any:
     return SimpleNamespace(
-        impl=Staged(refusal),
-        kv_cache=torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE),
+        impl=SimpleNamespace(),
+        attn_backend=SimpleNamespace(get_name=lambda: backend),
         kv_sharing_target_layer_name=None,
     )
+
+
+def allocate(context: dict[str, Any], kv_cache_config: Any) -> None:
+    """As vLLM does: caches are as large as their tensors, NHD in memory."""
+    (tensor,) = kv_cache_config.kv_cache_tensors
+    blocks = tensor.size // (BLOCK * HEADS * 2 * SIZE)
+    for made in context.values():
+        made.kv_cache = torch.zeros(blocks, BLOCK, HEADS, 2 * SIZE).permute(0, 2, 1, 3)
 
 
 class Speculator:
@@ -51,12 +48,19 @@ class Speculator:
         self.context[DRAFTER] = layer()
 
 
+TABLE = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.int32)
+
+
 class Runner:
     """What of a V2 runner the hooks touch. Two requests: 1 + 2 drafts at slots 3 to 5, and a
     prefill of 3 that goes on at slots 16 to 18."""
 
     def __init__(self, context: dict[str, Any]) -> None:
+        self.context = context
         self.speculator = Speculator(context)
+        self.kernel_block_sizes = [BLOCK]
+        tables = [torch.zeros(4, 3, dtype=torch.int32)]
+        self.block_tables = SimpleNamespace(input_block_tables=tables)
         self.fail = ""
         # 7 is accepted, 9 is the correction of 8; the prefill samples nothing. What lies past the
         # counts is garbage in V2.
@@ -64,10 +68,11 @@ class Runner:
         self.num_sampled = torch.tensor([2, 0], dtype=torch.int32)
         self.num_rejected = torch.tensor([1, 0], dtype=torch.int32)
 
-    def initialize_kv_cache(self, kv_cache_config: Any) -> None: ...
+    def initialize_kv_cache(self, kv_cache_config: Any) -> None:
+        allocate(self.context, kv_cache_config)
 
     def prepare_attn(self, input_batch: Any) -> Any:
-        return ("tables",), torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
+        return (TABLE,), torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
 
     def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
         self.prepare_attn(scheduler_output)
@@ -91,7 +96,7 @@ def batch(drafts: int = 2) -> Any:
         num_draft_tokens=drafts,
         cu_num_logits=torch.tensor(ends, dtype=torch.int32),
         query_start_loc=torch.tensor([0, 3, 6, 6], dtype=torch.int32),
-        logits_indices=torch.tensor([0, 1, 2, 5] if drafts else [2, 5]),
+        seq_lens=torch.tensor([6, 3, 0], dtype=torch.int32),
         input_ids=torch.tensor([5, 7, 8, 20, 21, 22, 0, 0], dtype=torch.int32),
     )
 
@@ -106,8 +111,8 @@ def rig() -> Iterator[Any]:
     made.hooks.close()
 
 
-def make(kind: Any, refusal: str = "") -> Any:
-    context = {name: layer(refusal) for name in MODEL}
+def make(kind: Any, backend: str = "FLASH_ATTN") -> Any:
+    context = {name: layer(backend) for name in MODEL}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=context),
         scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=32),
@@ -118,9 +123,16 @@ def make(kind: Any, refusal: str = "") -> Any:
     runner = Runner(context)
     hooks = kind(runner, config, NworConfig(mode="stage", strict=True))
     runner.speculator.load_model(None)
-    groups = [SimpleNamespace(layer_names=[*MODEL, DRAFTER])]
-    runner.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups))
+    runner.initialize_kv_cache(cache_config())
     return SimpleNamespace(runner=runner, hooks=hooks, context=context)
+
+
+def cache_config() -> Any:
+    group = SimpleNamespace(
+        layer_names=[*MODEL, DRAFTER], kv_cache_spec=SimpleNamespace(block_size=BLOCK)
+    )
+    tensor = SimpleNamespace(size=BLOCKS * BLOCK * HEADS * 2 * SIZE)
+    return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group], kv_cache_tensors=[tensor])
 
 
 def write(rig: Any) -> None:
@@ -159,6 +171,21 @@ def test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig: Any) -> N
     assert rig.hooks.metrics()["nwor_error_windows"] == 0
 
 
+def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(rig: Any) -> None:
+    for name in MODEL:  # what an earlier step committed at slots 0 to 2
+        rig.context[name].kv_cache.permute(0, 2, 1, 3)[0, :3] = 9.0
+    rig.runner.execute_model(batch())
+    write(rig)
+    first = BLOCKS  # two blocks a request: drafts may begin at the end of one
+    assert rig.hooks.window.block_tables["0"][:3].tolist() == [[first, 0, 0], [1, 0, 0], [0, 0, 0]]
+    for name in MODEL:
+        cache = rig.context[name].kv_cache.permute(0, 2, 1, 3)
+        assert cache.shape[0] == BLOCKS + 4 * 2
+        # Committed rows, the certain row of the step, its drafts.
+        assert cache[first, :6, 0, 0].tolist() == [9, 9, 9, 1, 2, 3]
+    assert torch.equal(TABLE[0], torch.zeros(3, dtype=torch.int32))  # the engine's is untouched
+
+
 def test_drafters_layer_is_not_in_the_window(rig: Any) -> None:
     assert set(rig.hooks.window.layers) == set(MODEL)
 
@@ -184,6 +211,7 @@ def test_a_step_without_drafts_opens_no_window(rig: Any) -> None:
     assert rig.hooks.window.state is State.IDLE
     write(rig)
     assert held(rig) == [[1, 2, 3, 4, 5, 6]] * 2
+    assert torch.equal(rig.hooks.window.block_tables["0"][:3], TABLE)
     _, sampled, _ = rig.runner.sample("hidden", batch(drafts=0), None)
     assert sampled is rig.runner.num_sampled
 
@@ -215,8 +243,76 @@ def test_a_step_that_never_sampled_is_aborted_by_the_next(
 def test_a_layer_that_refuses_is_refused() -> None:
     from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
 
-    with pytest.raises(ConfigError, match="no sinks"):
-        make(DeviceRunnerHooks, refusal="no sinks")
+    with pytest.raises(ConfigError, match="FLEX_ATTENTION"):
+        make(DeviceRunnerHooks, backend="FLEX_ATTENTION")
+
+
+class OldRunner:
+    """What of a V1 runner on a GPU the hooks touch; one request of 1 + 2 drafts at slots 3 to 5."""
+
+    def __init__(self, context: dict[str, Any]) -> None:
+        self.context = context
+        self.speculator = Speculator(context)
+        self.drafter = self.speculator
+        self._kernel_block_sizes = [BLOCK]
+        wide = SimpleNamespace(get_device_tensor=lambda rows: torch.zeros(rows, 3))
+        self.input_batch = SimpleNamespace(block_table=[wide])
+        self.query_start_loc = SimpleNamespace(gpu=torch.tensor([0, 3, 3]))
+
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False) -> None:
+        allocate(self.context, kv_cache_config)
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
+    ) -> Any:
+        return SimpleNamespace(
+            cu_num_draft_tokens=torch.tensor(num_draft_tokens).cumsum(0),
+            draft_token_ids=torch.tensor([7, 8]),
+        )
+
+    def _model_forward(self, input_ids: Any = None, positions: Any = None) -> str:
+        return "hidden"
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        return SimpleNamespace(sampled_token_ids=torch.tensor([[7, 9]]))
+
+
+def test_v1_steps_take_table_and_lengths_from_the_forward_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nwor_compile.vllm_adapter import device_runner, runner
+
+    table = TABLE[:1]
+    metadata = SimpleNamespace(block_table=table, seq_lens=torch.tensor([6]))
+    context = SimpleNamespace(
+        attn_metadata=dict.fromkeys(MODEL, metadata),
+        slot_mapping=dict.fromkeys(MODEL, torch.tensor([3, 4, 5])),
+    )
+    monkeypatch.setattr(device_runner, "get_forward_context", lambda: context)
+    monkeypatch.setattr(runner, "get_forward_context", lambda: context)
+    monkeypatch.setattr(sys.modules[__name__], "Runner", OldRunner)
+    rig = make(device_runner.DeviceV1Hooks)
+    window = rig.hooks.window
+    try:
+        rig.runner._calc_spec_decode_metadata([2], None)
+        rig.runner._model_forward()
+        assert window.block_tables["0"][:1].tolist() == [[BLOCKS, 0, 0]]
+        for name in MODEL:
+            packed = rig.context[name].kv_cache.permute(0, 2, 1, 3)
+            staging = window.layers[name]
+            rows = torch.ones(3, HEADS, SIZE)
+            stage_kv(
+                rows, rows, packed[..., :SIZE], packed[..., SIZE:], staging.key, staging.value,
+                staging.state, torch.tensor([3, 4, 5]), staging.routing.row_map,
+            )  # fmt: skip
+        spec = SimpleNamespace(draft_token_ids=torch.tensor([7, 8]))
+        assert rig.runner._sample(None, spec).sampled_token_ids.tolist() == [[7, 9]]
+        rig.runner._model_forward()  # a step without drafts
+        assert torch.equal(window.block_tables["0"][:1], table)
+        context.attn_metadata = None  # a warm-up step
+        rig.runner._model_forward()
+    finally:
+        rig.hooks.close()
 
 
 def test_another_runner_is_refused() -> None:

@@ -20,17 +20,15 @@ NAME = "model.layers.0.self_attn.attn"
 class Impl:
     """An attention implementation that says what was called."""
 
-    def __init__(self, calls: list[Any]) -> None:
-        self.calls = calls
+    def __init__(self, calls: list[Any], reads_staging: bool = True) -> None:
+        self.calls, self.reads_staging = calls, reads_staging
 
     def forward(self, *args: Any, output: Tensor, **options: Any) -> None:
         self.calls.append(("forward", sorted(k for k, v in options.items() if v is not None)))
+        self.metadata = args[5]
 
     def do_kv_cache_update(self, *args: Any) -> None:
         self.calls.append("direct")
-
-    def stage_kv(self, *args: Any) -> None:
-        self.calls.append("staged")
 
 
 @pytest.fixture
@@ -38,7 +36,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A forward context with one layer; what its implementation is asked to do."""
     from vllm import forward_context
 
+    from nwor_compile.vllm_adapter import ops
+
     found: list[Any] = []
+    monkeypatch.setattr(ops, "stage", lambda *args: found.append("staged"))
     layer = SimpleNamespace(
         impl=Impl(found), kv_cache=torch.zeros(1), kv_sharing_target_layer_name=None
     )
@@ -99,7 +100,7 @@ def test_only_layers_of_a_window_stage(calls: list[Any], staged: bool) -> None:
     """A drafter's layer, which no window knows, takes vLLM's own path through the same graph."""
     from nwor_compile.vllm_adapter import ops
 
-    staging: Any = SimpleNamespace()
+    staging: Any = SimpleNamespace(block_table=None)
     ops.set_layers({NAME: staging} if staged else {})
     before = ops.executions()
     try:
@@ -115,3 +116,33 @@ def test_only_layers_of_a_window_stage(calls: list[Any], staged: bool) -> None:
     counted = ops.executions()
     assert counted["staged"] - before["staged"] == staged
     assert counted["direct"] - before["direct"] == (not staged)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_stock_attention_gets_the_windows_table_and_an_idle_window_the_engines_write(
+    calls: list[Any], idle: bool
+) -> None:
+    from vllm.forward_context import get_forward_context
+
+    from nwor_compile.vllm_adapter import ops
+
+    context = get_forward_context()
+    impl = context.no_compile_layers[NAME].impl
+    impl.reads_staging = False
+    table, redirected = torch.zeros(2, 3), torch.ones(4, 3)
+    metadata = SimpleNamespace(block_table=table, seq_lens="lengths")
+    context.attn_metadata[NAME] = metadata
+    ops.set_layers({NAME: SimpleNamespace(block_table=redirected)}, lambda: idle)
+    try:
+        tensor = torch.zeros(1)
+        torch.ops.nwor.vllm_stage(tensor, tensor, NAME)
+        torch.ops.nwor.vllm_verify(tensor, tensor, tensor, tensor, NAME)
+        first = impl.metadata
+        torch.ops.nwor.vllm_verify(tensor, tensor, tensor, tensor, NAME)
+    finally:
+        ops.set_layers({})
+    assert calls == ["direct" if idle else "staged", ("forward", []), ("forward", [])]
+    assert torch.equal(first.block_table, redirected[:2])
+    assert first.seq_lens == "lengths"
+    assert impl.metadata is first  # one copy a step and group
+    assert metadata.block_table is table

@@ -28,9 +28,9 @@ def _close() -> Iterator[None]:
 
 
 class Staged:
-    """An attention implementation that can stage."""
+    """An attention implementation that reads staged rows."""
 
-    def stage_kv(self) -> None: ...
+    reads_staging = True
 
 
 def layer(shared: str | None = None, impl: Any = None) -> Any:
@@ -157,7 +157,7 @@ def test_a_drafter_that_reads_the_targets_cache_is_refused() -> None:
 def test_a_backend_that_cannot_stage_is_refused_or_runs_direct() -> None:
     target = {"a.0": layer(impl=object())}
     runner, _ = hooked(target=target)
-    with pytest.raises(ConfigError, match=r"layer a\.0: object cannot read staged rows"):
+    with pytest.raises(ConfigError, match=r"layer a\.0: attention backend object"):
         runner.initialize_kv_cache(groups(target))
     runner, hooks = hooked(target=target, strict=False)
     runner.initialize_kv_cache(groups(target))

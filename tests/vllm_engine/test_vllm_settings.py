@@ -326,7 +326,7 @@ def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def layer(**changes: Any) -> Any:
     fields: dict[str, Any] = {
-        "impl": SimpleNamespace(stage_kv=print),
+        "impl": SimpleNamespace(reads_staging=True),
         "attn_backend": SimpleNamespace(forward_includes_kv_cache_update=False),
     }
     return SimpleNamespace(**{**fields, **changes})
@@ -335,7 +335,7 @@ def layer(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"impl": SimpleNamespace()}, "cannot read staged rows.*attention backend"),
+        ({"impl": SimpleNamespace()}, "attention backend .* never seen to read staged rows"),
         (
             {"attn_backend": SimpleNamespace(forward_includes_kv_cache_update=True)},
             "inside its forward.*choose another attention backend",
