@@ -24,10 +24,11 @@ from typing import Any
 
 import matrix_engine
 from first_light import this_machine
-from matrix_cases import CASES, CONTROLS, Case
+from matrix_cases import CASES, CONTROL, KINDS, Case
 from matrix_report import differs, row, shortened, table
 
 START = 80  # seconds that a new engine must at least have left
+HOPELESS = 6  # staged engines that fail without one that runs: the rest would too
 
 
 class Matrix:
@@ -56,6 +57,7 @@ class Matrix:
         self.rows: dict[str, dict[str, Any]] = {}
         self._tasks = deque((case, kind) for case in self.cases.values() for kind in case.kinds)
         self._pending = {name: len(case.kinds) for name, case in self.cases.items()}
+        self._staged = {"up": 0, "failed": 0}
         self._lock = threading.Lock()
 
     def run(self, jobs: int) -> list[dict[str, Any]]:
@@ -89,6 +91,11 @@ class Matrix:
         self.engines[case.name][kind] = engine
         state = "up" if "results" in engine else "refused" if "refused" in engine else "failed"
         print(f"{time.strftime('%X')} {case.name} {kind}: {state}, {engine['seconds']} s")
+        if (KINDS[kind] or {}).get("mode") == "stage" and state in self._staged:
+            self._staged[state] += 1
+            if self._staged["failed"] >= HOPELESS and not self._staged["up"] and self._tasks:
+                print(f"{HOPELESS} staged engines failed and none runs: no more are started")
+                self._tasks.clear()
         self._pending[case.name] -= 1
         late = "results" not in engine and time.monotonic() >= self.deadline
         if late:
@@ -97,10 +104,10 @@ class Matrix:
             return
         found = self.engines[case.name]
         unlike = "results" in found.get("stock", {}) and differs(case, found)
-        if self.controls and unlike and not set(CONTROLS) & set(found):
-            self._pending[case.name] = len(CONTROLS)
-            self._tasks.extendleft((case, control) for control in reversed(CONTROLS))
-            # A row already, in case that the controls do not get their time.
+        if self.controls and unlike and CONTROL not in found:
+            self._pending[case.name] = 1
+            self._tasks.appendleft((case, CONTROL))
+            # A row already, in case that the control does not get its time.
         self.rows[case.name] = row(case, found)
         print(f"  {case.name}: {self.rows[case.name]['state']}", *self.rows[case.name]["problems"])
         self.finished(self.all_rows())

@@ -21,11 +21,10 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "large": {"mode": "stage", **STOCK_ATTENTION, "poison": "large"},
     "auto": {"mode": "stage", "attention": "auto"},
     "auto off": {"mode": "off", "attention": "auto"},
-    # To tell what a difference comes from: the graph cut by Inductor, without and with the package.
-    "partitioned": None,
+    # To tell what a difference comes from: all of the package but staging.
     "off": {"mode": "off", **STOCK_ATTENTION},
 }
-CONTROLS = ("partitioned", "off")
+CONTROL = "off"
 # Their token ids must equal the other kind's.
 EQUAL_TO = {"stage": "stock", "nan": "stock", "large": "stock", "auto": "auto off"}
 
@@ -82,9 +81,6 @@ class Case:
             if self.method != "ngram":
                 speculative = {**synthetic(self.k), **speculative}
         llm |= self.llm
-        if kind == "partitioned":
-            given = llm.get("compilation_config", {})
-            llm["compilation_config"] = {**given, "use_inductor_graph_partition": True}
         folders = (
             "tiny"
             if trained
@@ -156,6 +152,9 @@ CASES: dict[str, Case] = _named(
     tiny__eagle__v1=_case(runner="v1", environment=V1),
     tiny__eagle__v1__sync=_case(runner="v1", environment=V1, llm={"async_scheduling": False}),
     tiny__eagle__sync=_case(llm={"async_scheduling": False}),
+    tiny__eagle__partition=_case(
+        llm={"compilation_config": {"use_inductor_graph_partition": True}}
+    ),
     tiny__eagle__graphs_none=_case(**_graphs("NONE")),
     tiny__eagle__graphs_piecewise=_case(**_graphs("PIECEWISE")),
     tiny__eagle__graphs_full_decode=_case(**_graphs("FULL_DECODE_ONLY")),
@@ -200,7 +199,7 @@ CASES: dict[str, Case] = _named(
     gemma3__eagle__k17=_case("gemma3", k=17),
     gemma3__eagle__b32=_case("gemma3", block=32),
     gemma3__eagle__triton=_case("gemma3", **TRITON),
-    gemma3__eagle__triton__e5m2=_case("gemma3", **TRITON, cache="fp8_e5m2"),
+    gemma3__eagle__triton__e4m3=_case("gemma3", **TRITON, cache="fp8_e4m3"),
     gemma3__eagle__nan=_case("gemma3", kinds=("stock", "nan")),
     gemma3__eagle__preempted=_case("gemma3", small_cache=110),
     gemma3__eagle__other_heads=_case("gemma3", drafter={"num_key_value_heads": 4}),

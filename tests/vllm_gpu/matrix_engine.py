@@ -19,6 +19,8 @@ from matrix_cases import KINDS, Case
 
 SCRIPT = Path(__file__).with_name("engine_process.py")
 REFUSAL = re.compile(r"(?:NWOR cannot|NWOR does not|tail blocks:) [^\n]*")
+# The first line of an exception at the end of a traceback.
+RAISED = re.compile(r"^(?:\[rank\d\]: )?((?:\w+\.)*\w*(?:Error|Exception|Unsupported)\b.*)$", re.M)
 REQUESTS, TOKENS = 12, 64
 
 
@@ -54,7 +56,7 @@ class EngineProcess:
         except queue.Empty:
             raise EngineFailed(f"no answer in {seconds:.0f} s\n{self.tail()}") from None
         if line is None:
-            raise EngineFailed(f"the engine ended\n{self.tail()}")
+            raise self._ended()
         return dict(json.loads(line))
 
     def ask(self, seconds: float, **command: Any) -> dict[str, Any]:
@@ -64,8 +66,13 @@ class EngineProcess:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise EngineFailed(f"the engine ended\n{self.tail()}") from None
+            raise self._ended() from None
         return self.answer(seconds)
+
+    def _ended(self) -> EngineFailed:
+        raised = RAISED.findall(self.log.read_text(errors="replace"))
+        said = f": {raised[-1]}" if raised else ""
+        return EngineFailed(f"the engine ended{said}\n{self.tail()}")
 
     def tail(self, lines: int = 25) -> str:
         """The end of the log."""
@@ -126,6 +133,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     options = folder / "options.json"
     options.write_text(json.dumps(case.options(kind, folder)))
+    # What vLLM finds out about a model's class takes a process of its own; all engines share it.
+    (scratch / "modelinfos").mkdir(exist_ok=True)
+    (folder / "cache").mkdir(exist_ok=True)
+    if not (folder / "cache" / "modelinfos").exists():
+        (folder / "cache" / "modelinfos").symlink_to(scratch / "modelinfos")
     environment = {
         "VLLM_CACHE_ROOT": str(folder / "cache"),
         "TORCHINDUCTOR_COMPILE_THREADS": "2",

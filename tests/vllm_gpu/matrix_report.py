@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from matrix_cases import CONTROLS, EQUAL_TO, KINDS, Case
+from matrix_cases import CONTROL, EQUAL_TO, KINDS, Case
 
 IMPLEMENTATIONS = {"FLASH_ATTN": "Flash", "TRITON_ATTN": "Triton"}
 RUNNERS = {"v1": "v1.worker.gpu_model_runner", "v2": "v1.worker.gpu.model_runner"}
@@ -146,7 +146,7 @@ def _evidence(kind: str, engines: Mapping[str, Engine]) -> dict[str, Any]:
         return {"error": _why(engine)}
     answers = engine["results"].values()
     rows = [answer.get("rows") or {} for answer in answers]
-    others = {EQUAL_TO.get(kind, ""), "stock", *CONTROLS} - {kind}
+    others = {EQUAL_TO.get(kind, ""), "stock", CONTROL} - {kind}
     return {
         "accepted_per_position": list(
             map(sum, zip(*(a["accepted_per_position"] for a in answers), strict=True))
@@ -204,16 +204,11 @@ def _notes(case: Case, engines: Mapping[str, Engine], found: Mapping[str, Any]) 
         notes.append(f"the engines had different numbers of cache blocks: {sorted(blocks)}")
     if not engines["stock"]["results"]["follow"]["prefix_hits"]:
         notes.append("no prefix was found in the cache")
-    for control in CONTROLS:
-        for kind in case.kinds:
-            compared = found["kinds"].get(kind, {}).get("against", {}).get(control)
-            if EQUAL_TO.get(kind) == "stock" and compared:
-                same = all(what["equal"] for what in compared.values())
-                notes.append(f"{kind} is {'equal to' if same else 'unlike'} {control}")
-        against = found["kinds"].get(control, {}).get("against", {}).get("stock")
-        if against:
-            same = all(what["equal"] for what in against.values())
-            notes.append(f"{control} is {'equal to' if same else 'unlike'} stock")
+    for kind, evidence in found["kinds"].items():
+        if compared := evidence.get("against", {}).get("stock" if kind == CONTROL else CONTROL):
+            same = all(what["equal"] for what in compared.values())
+            other = "stock" if kind == CONTROL else CONTROL
+            notes.append(f"{kind} is {'equal to' if same else 'unlike'} {other}")
     return notes
 
 
@@ -234,11 +229,10 @@ def _counts(nwor: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _why(engine: Engine) -> str:
-    """Why an engine has no results, in one line: a refusal, or how it ended and its last line."""
+    """Why an engine has no results, in one line: a refusal, or how it ended."""
     if "refused" in engine:
         return str(engine["refused"])
-    lines = [line for line in engine.get("error", "it was not started").splitlines() if line]
-    return lines[0] + (f": {lines[-1][:300]}" if len(lines) > 1 else "")
+    return str(engine.get("error", "it was not started")).splitlines()[0][:400]
 
 
 def shortened(engine: Engine) -> dict[str, Any]:
