@@ -17,13 +17,9 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
+from nwor_compile.attention_choice import prefers_fused
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.packed_cache import split_cache
-
-# Requests and tokens a request up to which `auto` takes this package's kernel: where the record of
-# `nwor bench kernels` has it ahead of FlashAttention 3.
-FUSED_REQUESTS = 4
-FUSED_SPAN = 16
 
 
 def use() -> None:
@@ -71,8 +67,7 @@ class NworFlashImpl(FlashAttentionImpl):
 
     def _fused(self, metadata: Any) -> bool:
         if self.attention == "auto":
-            few = metadata.seq_lens.shape[0] <= FUSED_REQUESTS
-            return few and 1 < metadata.max_query_len <= FUSED_SPAN
+            return prefers_fused(metadata.seq_lens.shape[0], metadata.max_query_len)
         return self.attention == "fused"
 
     def forward(
