@@ -25,7 +25,7 @@ from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
-from nwor_compile.ops.scv import JUDGE, Verdict, layer_faults, verdict_buffers
+from nwor_compile.ops.scv import JUDGE, JudgePlan, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
 from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 
@@ -89,6 +89,15 @@ class WindowTensors:
             for batch in self.batches
         )
 
+    @cached_property
+    def judging(self) -> JudgePlan:
+        """What all judgements have in common."""
+        return JudgePlan(
+            self.drafts, self.routing.num_drafts, self.state, self.error,
+            max_drafts=(self.counters.shape[0] - FIXED) // 2, id_mismatch=ID_MISMATCH,
+            count_mismatch=COUNT_MISMATCH, overflow=OVERFLOW,
+        )  # fmt: skip
+
 
 def validate(
     tensors: WindowTensors,
@@ -134,8 +143,7 @@ def finish(
         verdict.num_sampled.copy_(num_sampled)
     if num_rejected is not None:
         verdict.num_rejected.copy_(num_rejected)
-    faults = layer_faults(tensors.routing.num_drafts, tensors.state, COUNT_MISMATCH, OVERFLOW)
-    tensors.error.bitwise_or_(bits | faults)
+    tensors.error.bitwise_or_(bits | layer_faults(tensors.judging))
     _settle(tensors, verdict)
     return _committed(tensors, verdict, num_sampled is not None, num_rejected is not None)
 
@@ -160,11 +168,8 @@ def _judge(
     """Fill `verdict`, and add this rank's faults to the error flag."""
     with span("nwor.accept"):
         pick(JUDGE, tensors.error.device)(
-            sampled_ids, draft_ids, num_sampled, num_rejected, tensors.drafts,
-            tensors.routing.num_drafts, tensors.state, tensors.error, verdict,
-            max_drafts=(tensors.counters.shape[0] - FIXED) // 2, id_mismatch=ID_MISMATCH,
-            count_mismatch=COUNT_MISMATCH, overflow=OVERFLOW,
-        )  # fmt: skip
+            tensors.judging, sampled_ids, draft_ids, num_sampled, num_rejected, verdict
+        )
 
 
 def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
@@ -244,10 +249,14 @@ def host_loop(
 
 @dataclass
 class _Captured:
-    """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes."""
+    """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes.
+
+    room: drafts that it can hold.
+    """
 
     graph: torch.cuda.CUDAGraph
     verdict: Verdict
+    room: int
     faster: bool = True
     results: dict[tuple[int, int, bool, bool], Committed] = field(default_factory=dict)
 
@@ -317,7 +326,7 @@ class GraphValidator:
             return None  # the launches become part of the caller's graph; graphs do not nest
         requests, drafts = sampled_ids.shape[0], draft_ids.shape[0]
         for size, captured in self.graphs.items():  # smallest first
-            if size >= requests and captured.verdict.mask.shape[0] >= drafts:
+            if size >= requests and captured.room >= drafts:
                 return None if self.adaptive and not captured.faster else captured
         self._run_vectorised("no graph was captured for this size")
         return None
@@ -360,7 +369,7 @@ class GraphValidator:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 _settle(tensors, verdict)
-            captured = _Captured(graph, verdict)
+            captured = _Captured(graph, verdict, rows)
             if self.adaptive:
                 captured.faster = self._time(size, captured, sampled, drafts)
             self.graphs[size] = captured

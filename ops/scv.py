@@ -7,12 +7,17 @@ checks of nothing, in one launch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nwor_compile.ops.layout import check_index, check_same_device
 from nwor_compile.ops.library import Launcher, define
+
+if TYPE_CHECKING:
+    from nwor_compile.ops.kernels.scv import JudgeLaunch
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -151,6 +156,12 @@ class Verdict:
     num_sampled: Tensor
     num_rejected: Tensor
 
+    @cached_property
+    def place(self) -> tuple[int, int, int, int]:
+        """Addresses of the two, then how many requests and drafts there is room for."""
+        mask, numbers = self.mask, self.numbers
+        return mask.data_ptr(), numbers.data_ptr(), numbers.shape[1], mask.shape[0]
+
 
 def verdict_buffers(requests: int, drafts: int, device: torch.device) -> Verdict:
     """Room for the verdict on `requests` requests and `drafts` drafts; not initialised."""
@@ -160,21 +171,40 @@ def verdict_buffers(requests: int, drafts: int, device: torch.device) -> Verdict
     )
 
 
+@dataclass(frozen=True, eq=False)
+class JudgePlan:
+    """What every judgement of a window has in common; all tensors contiguous.
+
+    drafts: int32 `[max_requests]`, draft counts. staged: int32 `[max_requests]`, what each layer
+    should have staged, by request. state: int32 `[layers, 2]`, rows staged and overflow by layer.
+    error: int32 `[1]`, to which three bits may be added: id_mismatch, count_mismatch, overflow.
+    max_drafts: most drafts that a request may have; nothing depends on it but speed.
+    """
+
+    drafts: Tensor
+    staged: Tensor
+    state: Tensor
+    error: Tensor
+    max_drafts: int
+    id_mismatch: int
+    count_mismatch: int
+    overflow: int
+
+    @cached_property
+    def launch(self) -> JudgeLaunch:
+        """How the kernel is launched for this window; made at the first launch."""
+        from nwor_compile.ops.kernels.scv import JudgeLaunch  # needs Triton
+
+        return JudgeLaunch(self)
+
+
 def judge(
+    plan: JudgePlan,
     sampled_ids: Tensor,
     draft_ids: Tensor,
     num_sampled: Tensor | None,
     num_rejected: Tensor | None,
-    drafts: Tensor,
-    staged: Tensor,
-    state: Tensor,
-    error: Tensor,
     verdict: Verdict,
-    *,
-    max_drafts: int,
-    id_mismatch: int,
-    count_mismatch: int,
-    overflow: int,
 ) -> None:
     """Acceptance and all flags of a window; the specification of `JUDGE`.
 
@@ -182,17 +212,11 @@ def judge(
         sampled_ids, draft_ids, num_sampled: as for `accept_mask`, R requests and N ids. A draft
             without an id is a mismatch.
         num_rejected: `[R]` int32 or int64, or None for zeros; copied to the verdict.
-        drafts: int32 `[max_requests]`, draft counts, contiguous.
-        staged: int32 `[max_requests]`, contiguous, what each layer should have staged, by request.
-        state: int32 `[layers, 2]`, contiguous, rows staged and overflow by layer.
-        error: int32 `[1]`; the three bits are added to it.
-        max_drafts: most drafts that a request may have; nothing depends on it but speed.
         verdict: at least R requests and N drafts; zero behind them. `num_sampled` is the count of
             leading ids that are not negative, if not given.
     """
-    del max_drafts
     requests, rows = sampled_ids.shape[0], draft_ids.shape[0]
-    ends = drafts[:requests].cumsum(0, dtype=torch.int32)
+    ends = plan.drafts[:requests].cumsum(0, dtype=torch.int32)
     mask, accepted, mismatch = accept_mask_reference(sampled_ids, draft_ids, ends, num_sampled)
     if num_sampled is None:
         num_sampled = (sampled_ids >= 0).to(torch.int32).cumprod(1).sum(1)
@@ -205,15 +229,16 @@ def judge(
         verdict.num_rejected[:requests].copy_(num_rejected)
     # Drafts without an id would count as accepted, and their rows would be lost.
     short = ends[-1:] > rows
-    bits = ((mismatch != 0) | short).to(torch.int32) * id_mismatch
-    error |= bits | layer_faults(staged, state, count_mismatch, overflow)
+    bits = ((mismatch != 0) | short).to(torch.int32) * plan.id_mismatch
+    plan.error.bitwise_or_(bits | layer_faults(plan))
 
 
-def layer_faults(staged: Tensor, state: Tensor, count_mismatch: int, overflow: int) -> Tensor:
+def layer_faults(plan: JudgePlan) -> Tensor:
     """Error bits, int32 scalar: a layer that staged another number of rows, or met one too many."""
-    uneven = (state[:, 0] != staged.sum(dtype=torch.int32)).any().to(torch.int32)
-    over = (state[:, 1] != 0).any().to(torch.int32)
-    return uneven * count_mismatch | over * overflow
+    staged = plan.staged.sum(dtype=torch.int32)
+    uneven = (plan.state[:, 0] != staged).any().to(torch.int32)
+    over = (plan.state[:, 1] != 0).any().to(torch.int32)
+    return uneven * plan.count_mismatch | over * plan.overflow
 
 
 JUDGE = Launcher(judge, "scv:judge")

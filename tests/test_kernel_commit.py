@@ -21,7 +21,7 @@ from nwor_compile.ops.commit import Closing, CommitPlan
 from nwor_compile.ops.kernels import commit as commit_kernels
 from nwor_compile.ops.kernels import scv as scv_kernels
 from nwor_compile.ops.kernels.testing import LAYOUTS, empty_cache
-from nwor_compile.ops.scv import Verdict
+from nwor_compile.ops.scv import JudgePlan, Verdict
 from nwor_compile.routing import COUNT_MISMATCH, EARLY_WRITE, ID_MISMATCH, OVERFLOW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,10 +64,16 @@ class Sampler:
     def run(self, judge: Any) -> tuple[Tensor, Tensor, Tensor]:
         verdict, numbers, mask = guarded_verdict(*self.room)
         error = torch.tensor([self.error], dtype=torch.int32, device=DEVICE)
-        judge(
-            self.sampled_ids, self.draft_ids, self.num_sampled, self.num_rejected, self.drafts,
-            self.staged, self.state, error, verdict, max_drafts=4, **BITS,
-        )  # fmt: skip
+        plan = JudgePlan(self.drafts, self.staged, self.state, error, max_drafts=4, **BITS)
+        judge(plan, self.sampled_ids, self.draft_ids, self.num_sampled, self.num_rejected, verdict)
+        assert_guard(numbers, mask)
+        first = verdict.mask.clone(), verdict.numbers.clone(), error.clone()
+        # Once more, for what a plan keeps from its first launch.
+        verdict.mask.fill_(True)
+        verdict.numbers.fill_(GUARD)
+        judge(plan, self.sampled_ids, self.draft_ids, self.num_sampled, self.num_rejected, verdict)
+        again = verdict.mask, verdict.numbers, error
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert_guard(numbers, mask)
         return verdict.mask, verdict.numbers, error
 

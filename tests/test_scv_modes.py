@@ -417,7 +417,7 @@ def host_graph(tensors: WindowTensors, size: int, max_drafts: int) -> _Captured:
     verdict = verdict_buffers(size, size * max_drafts, torch.device("cpu"))
     verdict.numbers.fill_(77)
     verdict.mask.fill_(True)
-    graph.captured = _Captured(graph, verdict)  # type: ignore[arg-type]
+    graph.captured = _Captured(graph, verdict, size * max_drafts)  # type: ignore[arg-type]
     return graph.captured
 
 

@@ -13,18 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nwor_compile.ops.kernels.launch import on_device
-from nwor_compile.ops.scv import Verdict
+from nwor_compile.ops.kernels.launch import INTERPRETED, on_device
+from nwor_compile.ops.scv import JudgePlan, Verdict
 
 _MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
 _TILE = 4096  # requests x positions a pass of `accept_mask`
 _JUDGED = 64  # requests a program of the judge
+_BLOCK = 256  # layers, or anything else, that it takes at a time
 
 _NEVER = tl.constexpr(0x7FFFFFFF)  # a position past every draft
 
-# Bits of the judge's `flags`.
-_WIDE_SAMPLED, _WIDE_DRAFTS, _WIDE_COUNT, _WIDE_REJECTED = (tl.constexpr(1 << i) for i in range(4))
-_HAS_COUNT, _HAS_REJECTED = tl.constexpr(16), tl.constexpr(32)
+# Bits of the judge's `flags`, for the launcher and for the kernel.
+WIDE_SAMPLED, WIDE_DRAFTS, WIDE_COUNT, WIDE_REJECTED, HAS_COUNT, HAS_REJECTED = (
+    1 << i for i in range(6)
+)
+_WIDE_SAMPLED, _WIDE_DRAFTS = tl.constexpr(WIDE_SAMPLED), tl.constexpr(WIDE_DRAFTS)
+_WIDE_COUNT, _WIDE_REJECTED = tl.constexpr(WIDE_COUNT), tl.constexpr(WIDE_REJECTED)
+_HAS_COUNT, _HAS_REJECTED = tl.constexpr(HAS_COUNT), tl.constexpr(HAS_REJECTED)
 
 
 @triton.jit
@@ -163,27 +168,33 @@ def _layer_faults(
 
 @triton.jit(
     do_not_specialize=[
-        "sampled_ids", "draft_ids", "num_sampled", "num_rejected", "drafts", "staged", "state",
-        "mask", "numbers", "flags", "requests", "columns", "ids", "room", "rows", "layers",
-        "max_requests", "s_request", "s_column", "s_draft", "s_count", "s_rejected",
+        "drafts", "staged", "state", "layers", "max_requests", "mask", "numbers", "room", "rows",
+        "sampled_ids", "draft_ids", "num_sampled", "num_rejected", "flags", "requests", "columns",
+        "ids", "s_request", "s_column", "s_draft", "s_count", "s_rejected",
     ]
 )  # fmt: skip
 def _judge_kernel(
-    error, sampled_ids, draft_ids, num_sampled, num_rejected, drafts, staged, state, mask, numbers,
-    flags, requests, columns, ids, room, rows, layers, max_requests,
-    s_request, s_column, s_draft, s_count, s_rejected,
+    error, drafts, staged, state, layers, max_requests, mask, numbers, room, rows,
+    sampled_ids, draft_ids, num_sampled, num_rejected, flags, requests, columns, ids,
+    s_request: tl.int64, s_column: tl.int64, s_draft: tl.int64, s_count: tl.int64,
+    s_rejected: tl.int64,
     ID_MISMATCH: tl.constexpr, COUNT_MISMATCH: tl.constexpr, OVERFLOW: tl.constexpr,
     R: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i judges requests `[i * R, (i + 1) * R)`; the last one also fills what is behind them
-    and the first also looks at the layers. They meet in the error flag, which only gains bits."""
-    sampled_ids = sampled_ids.to(error.dtype)  # see NOTE [addresses]
+    """Program 0 looks at the layers; program i judges requests `[(i - 1) * R, i * R)`, and the last
+    one fills what is behind them. They meet in the error flag, which only gains bits."""
+    drafts = drafts.to(error.dtype)  # see NOTE [addresses]
+    program = tl.program_id(0)
+    if program == 0:
+        faults = _layer_faults(
+            staged.to(error.dtype), state.to(error.dtype), layers, max_requests, COUNT_MISMATCH,
+            OVERFLOW, BLOCK,
+        )  # fmt: skip
+        if faults != 0:
+            tl.atomic_or(error, faults, sem="relaxed")
+        return
+    sampled_ids = sampled_ids.to(error.dtype)
     draft_ids = draft_ids.to(error.dtype)
-    num_sampled = num_sampled.to(error.dtype)
-    num_rejected = num_rejected.to(error.dtype)
-    drafts = drafts.to(error.dtype)
-    staged = staged.to(error.dtype)
-    state = state.to(error.dtype)
     numbers = numbers.to(error.dtype)
     mask = mask.to(tl.pointer_type(tl.uint8))
     wide_sampled = (flags & _WIDE_SAMPLED != 0).to(tl.int32)
@@ -191,8 +202,7 @@ def _judge_kernel(
     wide_count = (flags & _WIDE_COUNT != 0).to(tl.int32)
     wide_rejected = (flags & _WIDE_REJECTED != 0).to(tl.int32)
 
-    program = tl.program_id(0)
-    begin = program * R
+    begin = (program - 1) * R
     request = begin + tl.arange(0, R)
     real = request < requests
     wide_request = request.to(tl.int64)
@@ -207,9 +217,11 @@ def _judge_kernel(
 
     at = sampled_ids + (wide_request[:, None] * s_request) * (1 + wide_sampled)
     known = request < tl.where(flags & _HAS_REJECTED != 0, requests, 0)
-    rejected = _load_ids(num_rejected, wide_request * s_rejected, wide_rejected, known)
+    rejected = _load_ids(
+        num_rejected.to(error.dtype), wide_request * s_rejected, wide_rejected, known
+    )
     if flags & _HAS_COUNT != 0:
-        said = _load_ids(num_sampled, wide_request * s_count, wide_count, real)
+        said = _load_ids(num_sampled.to(error.dtype), wide_request * s_count, wide_count, real)
         count = tl.minimum(tl.maximum(said, 0), columns).to(tl.int32)
         said = said.to(tl.int32)
     else:
@@ -223,7 +235,6 @@ def _judge_kernel(
     tl.store(numbers + room + request, said, mask=real)
     tl.store(numbers + 2 * room + request, rejected.to(tl.int32), mask=real)
     bits = tl.max(wrong, axis=0) * ID_MISMATCH
-
     if program == tl.num_programs(0) - 1:
         # Drafts without an id would count as accepted, and their rows would be lost.
         bits |= tl.where(total > ids, ID_MISMATCH, 0)
@@ -234,8 +245,6 @@ def _judge_kernel(
             tl.store(numbers + nobody, zero, mask=nobody < room)
             tl.store(numbers + room + nobody, zero, mask=nobody < room)
             tl.store(numbers + 2 * room + nobody, zero, mask=nobody < room)
-    if program == 0:
-        bits |= _layer_faults(staged, state, layers, max_requests, COUNT_MISMATCH, OVERFLOW, BLOCK)
     if bits != 0:
         tl.atomic_or(error, bits, sem="relaxed")
 
@@ -269,50 +278,64 @@ def accept_mask(
     return mask, accepted, mismatch
 
 
+class JudgeLaunch:
+    """Launches the judge of one window.
+
+    Triton works out at every launch which compiled kernel the arguments call for, which takes
+    longer than the launch. Here it can only be the one (NOTE [addresses]), so the first launch
+    keeps it.
+    """
+
+    def __init__(self, plan: JudgePlan) -> None:
+        # Addresses that are not used must still look like addresses: 0 would be another type.
+        self.somewhere = plan.error.data_ptr()
+        self.fixed = (
+            plan.error, plan.drafts.data_ptr(), plan.staged.data_ptr(), plan.state.data_ptr(),
+            plan.state.shape[0], plan.drafts.shape[0],
+        )  # fmt: skip
+        positions = min(_MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
+        self.meta = (
+            plan.id_mismatch, plan.count_mismatch, plan.overflow, _JUDGED, positions, _BLOCK,
+        )  # fmt: skip
+        self.compiled: triton.compiler.CompiledKernel | None = None
+
+    def __call__(self, programs: int, *arguments: int) -> None:
+        if self.compiled is not None:
+            self.compiled[(programs, 1, 1)](*self.fixed, *arguments, *self.meta)
+            return
+        kernel = _judge_kernel[(programs,)](*self.fixed, *arguments, *self.meta)
+        self.compiled = None if INTERPRETED else kernel
+
+
 def judge(
+    plan: JudgePlan,
     sampled_ids: Tensor,
     draft_ids: Tensor,
     num_sampled: Tensor | None,
     num_rejected: Tensor | None,
-    drafts: Tensor,
-    staged: Tensor,
-    state: Tensor,
-    error: Tensor,
     verdict: Verdict,
-    *,
-    max_drafts: int,
-    id_mismatch: int,
-    count_mismatch: int,
-    overflow: int,
 ) -> None:
     """`nwor_compile.ops.scv.judge` in one launch."""
+    launch, wide = plan.launch, torch.int64
     requests, columns = sampled_ids.shape
-    wide, flags = torch.int64, 0
-    flags |= _WIDE_SAMPLED.value * (sampled_ids.dtype == wide)
-    flags |= _WIDE_DRAFTS.value * (draft_ids.dtype == wide)
-    # Addresses that are not used must still look like addresses: 0 would be another type.
-    somewhere = error.data_ptr()
-    count = rejected = somewhere
-    s_count = s_rejected = 0
+    s_request, s_column = sampled_ids.stride()
+    count = rejected = somewhere = launch.somewhere
+    s_count = s_rejected = flags = 0
+    if sampled_ids.dtype is wide:
+        flags |= WIDE_SAMPLED
+    if draft_ids.dtype is wide:
+        flags |= WIDE_DRAFTS
     if num_sampled is not None:
-        flags |= _HAS_COUNT.value | _WIDE_COUNT.value * (num_sampled.dtype == wide)
+        flags |= HAS_COUNT | (WIDE_COUNT if num_sampled.dtype is wide else 0)
         count, s_count = num_sampled.data_ptr(), num_sampled.stride(0)
     if num_rejected is not None:
-        flags |= _HAS_REJECTED.value | _WIDE_REJECTED.value * (num_rejected.dtype == wide)
+        flags |= HAS_REJECTED | (WIDE_REJECTED if num_rejected.dtype is wide else 0)
         rejected, s_rejected = num_rejected.data_ptr(), num_rejected.stride(0)
-    s_request, s_column = sampled_ids.stride()
-    mask = verdict.mask
-    # Of the window alone, so that no step has to compile.
-    positions = min(_MAX_POSITIONS, 1 << max_drafts.bit_length())
-    with on_device(error):
-        _judge_kernel[(max(1, (requests + _JUDGED - 1) // _JUDGED),)](
-            error,
-            sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count, rejected,
-            drafts.data_ptr(), staged.data_ptr(), state.data_ptr(), mask.data_ptr() or somewhere,
-            verdict.numbers.data_ptr(),
-            flags, requests, columns, draft_ids.shape[0], verdict.numbers.shape[1], mask.shape[0],
-            state.shape[0], drafts.shape[0], s_request, s_column, draft_ids.stride(0), s_count,
-            s_rejected,
-            ID_MISMATCH=id_mismatch, COUNT_MISMATCH=count_mismatch, OVERFLOW=overflow,
-            R=_JUDGED, K=positions, BLOCK=256,
+    mask, numbers, room, rows = verdict.place
+    with on_device(plan.error):
+        launch(
+            2 + max(0, requests - 1) // _JUDGED, mask or somewhere, numbers or somewhere, room,
+            rows, sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count,
+            rejected, flags, requests, columns, draft_ids.shape[0], s_request, s_column,
+            draft_ids.stride(0), s_count, s_rejected,
         )  # fmt: skip
