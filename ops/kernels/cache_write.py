@@ -26,28 +26,84 @@ def staging_row(code):
 
 
 @triton.jit
-def _encoded(row, scale, head, inside, s_scale, FP8: tl.constexpr, SCALED: tl.constexpr):
-    """Elements of a row as the cache stores them."""
+def load_routing(slot_mapping, row_map, token, mapped, s_slot, s_map, STAGE: tl.constexpr):
+    """Slot and code of a token, -1 each if it is not `mapped`."""
+    slot = tl.load(slot_mapping + token * s_slot, mask=mapped, other=-1).to(tl.int64)
+    code = tl.full((), -1, tl.int64)
+    if STAGE:
+        code = tl.load(row_map + token * s_map, mask=mapped, other=-1).to(tl.int64)
+    return slot, code
+
+
+@triton.jit
+def store_row(
+    row, scale, head, d, width, cache, staged, slot, code, slots_in_cache, staging_rows,
+    c_block, c_offset, c_head, c_outer, c_inner, s_row, s_head, s_d, s_scale,
+    H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STAGE: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Elements (head < H, d < width) of a token to its slot, its staging row, both or nowhere.
+
+    One store for a row that goes to one place: its address is chosen, so that the code between the
+    last value and its store is short. Strides are constants.
+    """
     if FP8 > 0:
         row = row.to(tl.float32)
         if SCALED:
+            by = tl.load(scale + head * s_scale, mask=head < H, other=1.0)
             # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
-            row = tl.div_rn(row, tl.load(scale + head * s_scale, mask=inside, other=1.0))
+            row = tl.div_rn(row, tl.broadcast_to(by, row.shape))
         row = encode_fp8(row, FP8)
-    return row
+    at = slot.to(tl.uint32)  # enough for a slot of the cache; unsigned, so that divisions are short
+    place = cache + (at // BLOCK_SIZE).to(tl.int64) * c_block
+    place += (at % BLOCK_SIZE).to(tl.int64) * c_offset
+    heads = tl.where((code < 0) & (slot >= 0) & (slot < slots_in_cache), H, 0)
+    by_head = tl.full((), c_head, tl.int64)
+    element = element_offset(d, c_outer, c_inner, D, X)
+    if STAGE:
+        copy = staging_row(code)
+        copied = staged + copy * s_row
+        copies = tl.where((copy >= 0) & (copy < staging_rows), H, 0)
+        place = tl.where(code >= 0, copied, place)
+        heads = tl.where(code >= 0, copies, heads)
+        by_head = tl.where(code >= 0, tl.full((), s_head, tl.int64), by_head)
+        if (X != D) or (s_d != c_inner):
+            element = tl.where(code >= 0, d.to(tl.int64) * s_d, element)
+    tl.store(place + head * by_head + element, row, mask=(head < heads) & (d < width))
+    if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if code < -1:
+            target = copied + head * tl.full((), s_head, tl.int64) + d.to(tl.int64) * s_d
+            tl.store(target, row, mask=(head < copies) & (d < width))
 
 
-# Counts change from step to step: specialising on them would compile again in the middle of one.
-@triton.jit(do_not_specialize=["slots_in_cache", "staging_rows"])
+@triton.jit
+def count_row(state, code, staging_rows):
+    """Count a draft row that has its staging row; flag any row that has not."""
+    # Relaxed: who reads the state comes after the kernel, and a fence would wait for all stores.
+    one = tl.zeros([1], tl.int32)
+    draft = one + code
+    staged = (draft >= 0) & (draft < staging_rows)
+    tl.atomic_add(state + one, one + 1, mask=staged, sem="relaxed")
+    lost = one + staging_row(code) >= staging_rows
+    tl.atomic_or(state + 1 + one, one + 1, mask=lost, sem="relaxed")
+
+
+@triton.jit
 def _write_kernel(
     key, value, key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
     k_scale, v_scale,
-    slots_in_cache, staging_rows,
-    k_token, k_head, k_d, v_token, v_head, v_d,
-    kc_block, kc_offset, kc_head, kc_outer, kc_inner,
-    vc_block, vc_offset, vc_head, vc_inner,
-    sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
-    s_slot, s_map, s_k_scale, s_v_scale,
+    # Constants, so that addresses take few instructions and few arguments have to be fetched: all
+    # calls of a layer have the same strides.
+    k_token: tl.constexpr, k_head: tl.constexpr, k_d: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr, v_d: tl.constexpr, s_slot: tl.constexpr,
+    slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
+    kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
+    kc_outer: tl.constexpr, kc_inner: tl.constexpr,
+    vc_block: tl.constexpr, vc_offset: tl.constexpr, vc_head: tl.constexpr,
+    vc_inner: tl.constexpr,
+    sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
+    sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
+    s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     STAGE: tl.constexpr, FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -58,47 +114,32 @@ def _write_kernel(
     ):  # the attention that follows waits for the end of this; see NOTE [overlap] in `merge`
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token * s_slot).to(tl.int64)
-    code = tl.full([], -1, tl.int64)
-    if STAGE:
-        code = tl.load(row_map + token * s_map).to(tl.int64)
-    row = staging_row(code)
-    to_cache = (code < 0) & (slot >= 0) & (slot < slots_in_cache)
-    to_staging = (row >= 0) & (row < staging_rows)
-    block = slot // BLOCK_SIZE
-    offset = slot % BLOCK_SIZE
     for start in tl.static_range(0, H * D, BLOCK):
         element = start + tl.arange(0, BLOCK)
         head = (element // D).to(tl.int64)
         d = element % D
-        inside = element < H * D
-        # Loaded before it is known where to: neither waits for the other.
+        inside = head < H
         k = tl.load(key + token * k_token + head * k_head + d.to(tl.int64) * k_d, mask=inside)
         v = tl.load(value + token * v_token + head * v_head + d.to(tl.int64) * v_d, mask=inside)
-        k = _encoded(k, k_scale, head, inside, s_k_scale, FP8, K_SCALED)
-        v = _encoded(v, v_scale, head, inside, s_v_scale, FP8, V_SCALED)
-        if to_cache:
-            key_row = key_cache + block * kc_block + offset * kc_offset
-            to_key = head * kc_head + element_offset(d, kc_outer, kc_inner, D, X)
-            tl.store(key_row + to_key, k, mask=inside)
-            value_row = value_cache + block * vc_block + offset * vc_offset
-            to_value = head * vc_head + element_offset(d, 0, vc_inner, D, D)
-            tl.store(value_row + to_value, v, mask=inside)
-        if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-            if to_staging:
-                to_key = row * sk_row + head * sk_head + d.to(tl.int64) * sk_d
-                tl.store(staged_key + to_key, k, mask=inside)
-                to_value = row * sv_row + head * sv_head + d.to(tl.int64) * sv_d
-                tl.store(staged_value + to_value, v, mask=inside)
+        if start == 0:
+            # Rows are on their way before it is known where to. Without the barrier ptxas moves
+            # the loads above behind the ones below, and behind the wait for them.
+            tl.debug_barrier()
+            slot, code = load_routing(slot_mapping, row_map, token, True, s_slot, s_map, STAGE)
+        store_row(
+            k, k_scale, head, d, D, key_cache, staged_key, slot, code,
+            slots_in_cache, staging_rows,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d, s_k_scale,
+            H, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+        )  # fmt: skip
+        store_row(
+            v, v_scale, head, d, D, value_cache, staged_value, slot, code,
+            slots_in_cache, staging_rows,
+            vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d, s_v_scale,
+            H, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+        )  # fmt: skip
     if STAGE:
-        # Relaxed: who reads the state comes after this kernel, and a fence here would wait for
-        # all the stores.
-        one = tl.zeros([1], tl.int32)
-        draft = one + code
-        staged = (draft >= 0) & (draft < staging_rows)
-        lost = one + row >= staging_rows
-        tl.atomic_add(state + one, one + 1, mask=staged, sem="relaxed")
-        tl.atomic_or(state + 1 + one, one + 1, mask=lost, sem="relaxed")
+        count_row(state, code, staging_rows)
 
 
 def _launch(
@@ -134,12 +175,12 @@ def _launch(
         _write_kernel[(tokens,)](
             key, value, key_bits, value_bits, staged_key, staged_value, state, slot_mapping,
             row_map, k_scale, v_scale,
+            *key.stride(), *value.stride(), slot_mapping.stride(0),
             key_cache.shape[0] * block_size, staged_key.shape[0],
-            *key.stride(), *value.stride(),
             *k_strides[:5],
             *v_strides[:3], v_strides.inner,
             *staged_strides,
-            slot_mapping.stride(0), 0 if row_map is None else row_map.stride(0),
+            0 if row_map is None else row_map.stride(0),
             scale_stride(k_scale), scale_stride(v_scale),
             H=heads, D=size, X=k_strides.x, BLOCK_SIZE=block_size,
             STAGE=staging is not None, FP8=fp8,

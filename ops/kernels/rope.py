@@ -1,8 +1,9 @@
 """Launchers of `rotary_embedding` and `rope_stage_kv`: one kernel, a few heads of a token each.
 
-Program (t, g) takes a group of heads of token t: groups of q first, then of k. A k group rotates
-its heads once and stores them twice, to the result and to the cache or to staging, so the rows that
-go there are read from memory once; it moves the same heads of v as well.
+Program (t, g) takes a group of heads of token t: groups of k first, which take longest, then of v,
+then of q. A k group rotates its heads once and stores them twice, to the result and to the cache or
+to staging, so the rows that go there are read from memory once. A v group only moves its heads: in
+the programs of k the two would wait for each other.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from nwor_compile.ops.kernels.cache_write import staging_row
-from nwor_compile.ops.kernels.fp8 import encode_fp8, round_bf16
+from nwor_compile.ops.kernels.cache_write import count_row, load_routing, store_row
+from nwor_compile.ops.kernels.fp8 import round_bf16
 from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
     INTERPRETED,
     bits,
     cache_strides,
-    element_offset,
     on_device,
     overlaps,
     scale_stride,
@@ -40,48 +40,6 @@ def _round(x, like, EXACT_BF16: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    row, target, scale, head, d, inside, s_head, s_outer, s_inner, s_scale,
-    D: tl.constexpr, X: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Elements (head, d) of a row to a cache or staging row, encoded; `target` points at it."""
-    if FP8 > 0:
-        wide = row.to(tl.float32)
-        if SCALED:
-            # div_rn: `/` is an approximation on GPUs, and a last bit can flip a rounding.
-            by = tl.load(scale + head * s_scale, mask=inside, other=1.0)
-            wide = tl.div_rn(wide, tl.broadcast_to(by, wide.shape))
-        row = encode_fp8(wide, FP8)
-    tl.store(
-        target + head.to(tl.int64) * s_head + element_offset(d, s_outer, s_inner, D, X),
-        row, mask=inside,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_kv(
-    row, cache, staged, scale, head, d, inside, slot, code, slots_in_cache, staging_rows,
-    c_block, c_offset, c_head, c_outer, c_inner, s_row, s_head, s_d, s_scale,
-    D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    STAGE: tl.constexpr, FP8: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
-    """Elements of a token's row to its slot, its staging row, both or nowhere."""
-    if (code < 0) & (slot >= 0) & (slot < slots_in_cache):
-        place = cache + (slot // BLOCK_SIZE) * c_block + (slot % BLOCK_SIZE) * c_offset
-        _store(
-            row, place, scale, head, d, inside, c_head, c_outer, c_inner, s_scale,
-            D, X, FP8, SCALED,
-        )  # fmt: skip
-    if STAGE:
-        copy = staging_row(code)
-        if (copy >= 0) & (copy < staging_rows):
-            _store(
-                row, staged + copy * s_row, scale, head, d, inside, s_head, 0, s_d, s_scale,
-                D, D, FP8, SCALED,
-            )  # fmt: skip
-
-
-@triton.jit
 def _table(table, row, valid, width, s_row, s_d):
     """One angle a column; zeros for a token whose position is outside the table."""
     return tl.load(table + row * s_row + width.to(tl.int64) * s_d, mask=valid, other=0.0).to(
@@ -89,81 +47,40 @@ def _table(table, row, valid, width, s_row, s_d):
     )
 
 
-@triton.jit(do_not_specialize=["writes", "positions_in_table"])
-def _rope_kernel(
-    query, key, value, out_query, out_key, cos, sin, positions,
-    key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
-    k_scale, v_scale,
-    writes, positions_in_table,
-    q_token, q_head, q_d, k_token, k_head, k_d, v_token, v_head, v_d,
-    oq_token, oq_head, oq_d, ok_token, ok_head, ok_d,
-    cos_row, cos_d, sin_row, sin_d, s_position, s_slot,
-    # Of buffers that stay: constants, so that fewer arguments have to be fetched.
-    slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
-    kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
-    kc_outer: tl.constexpr, kc_inner: tl.constexpr,
-    vc_block: tl.constexpr, vc_offset: tl.constexpr, vc_head: tl.constexpr,
-    vc_inner: tl.constexpr,
-    sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
-    sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
-    s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr, SAME_D: tl.constexpr,
-    WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, EXACT_BF16: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
-    OVERLAP: tl.constexpr,
+@triton.jit
+def _rotate(
+    source, target, cos, sin, positions, head, token, positions_in_table,
+    x_d, o_d, cos_row, cos_d, sin_row, sin_d, s_position,
+    H: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    FULL: tl.constexpr, IN_PLACE: tl.constexpr, EXACT_BF16: tl.constexpr,
+    PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """See the top of this file."""
-    if OVERLAP:  # the attention that follows waits for the end of this; NOTE [overlap] in `merge`
-        gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    Q_GROUPS: tl.constexpr = (HQ + HEADS - 1) // HEADS
+    """Heads of a token, rotated: stored by `target` and returned in parts.
+
+    `source` and `target` point at each head. The parts are both halves of the pairs and, where not
+    all of a head is rotated, the elements that stay.
+    """
     HALF: tl.constexpr = ROTARY // 2
-    # All loads that depend on nothing come first: no one waits for another.
-    slot = tl.full((), -1, tl.int64)
-    code = tl.full((), -1, tl.int64)
-    if WRITE:
-        written = (group >= Q_GROUPS) & (token < writes)
-        slot = tl.load(slot_mapping + token * s_slot, mask=written, other=-1).to(tl.int64)
-        if STAGE:
-            code = tl.load(row_map + token * s_map, mask=written, other=-1).to(tl.int64)
     row = token
     angles = HALF
+    # Position, then angles: the longest chain of loads begins first.
     if positions is not None:
         row = tl.load(positions + token * s_position).to(tl.int64)
-        angles = tl.where((row >= 0) & (row < positions_in_table), HALF, 0)
-    of_query = group < Q_GROUPS
-    head = tl.where(of_query, group, group - Q_GROUPS) * HEADS + tl.arange(0, HEADS)[:, None]
-    heads = tl.where(of_query, HQ, HK)
-    source = tl.where(of_query, query + token * q_token, key + token * k_token)
-    target = tl.where(of_query, out_query + token * oq_token, out_key + token * ok_token)
-    source += head.to(tl.int64) * tl.where(of_query, q_head, k_head)
-    target += head.to(tl.int64) * tl.where(of_query, oq_head, ok_head)
-    x_d = q_d
-    o_d = oq_d
-    if not SAME_D:
-        x_d = tl.where(of_query, q_d, k_d)
-        o_d = tl.where(of_query, oq_d, ok_d)
     pair = tl.arange(0, PAIRS)[None, :]
     if NEOX:
         first, second = pair, pair + HALF
     else:
         first, second = 2 * pair, 2 * pair + 1
-    inside = (head < heads) & (pair < HALF)
+    inside = (head < H) & (pair < HALF)
     x1 = tl.load(source + first.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + second.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
     rest = ROTARY + tl.arange(0, REST)[None, :]
-    left = (head < heads) & (rest < D)
+    left = (head < H) & (rest < D)
+    kept = x1
     if ROTARY < D:
         kept = tl.load(source + rest.to(tl.int64) * x_d, mask=left)
-    if WRITE:
-        # A group of k moves its heads of v as well.
-        d = tl.arange(0, ROW)[None, :]
-        inside_v = (head < tl.where(of_query, 0, HK)) & (d < D)
-        place = value + token * v_token + head.to(tl.int64) * v_head
-        v = tl.load(place + d.to(tl.int64) * v_d, mask=inside_v)
+    if positions is not None:
+        angles = tl.where((row >= 0) & (row < positions_in_table), HALF, 0)
     known = pair < angles
     if FULL:
         c1 = _table(cos, row, known, first, cos_row, cos_d)
@@ -174,49 +91,116 @@ def _rope_kernel(
         c1 = _table(cos, row, known, pair, cos_row, cos_d)
         s1 = _table(sin, row, known, pair, sin_row, sin_d)
         c2, s2 = c1, s1
-    o1 = _round(x1 * c1 - x2 * s1, out_query, EXACT_BF16)
-    o2 = _round(x2 * c2 + x1 * s2, out_query, EXACT_BF16)
+    o1 = _round(x1 * c1 - x2 * s1, target, EXACT_BF16)
+    o2 = _round(x2 * c2 + x1 * s2, target, EXACT_BF16)
     tl.store(target + first.to(tl.int64) * o_d, o1, mask=inside)
     tl.store(target + second.to(tl.int64) * o_d, o2, mask=inside)
     if (ROTARY < D) and (not IN_PLACE):
         tl.store(target + rest.to(tl.int64) * o_d, kept, mask=left)
+    return o1, o2, kept
+
+
+@triton.jit(do_not_specialize=["writes", "positions_in_table"])
+def _rope_kernel(
+    query, key, value, out_query, out_key, cos, sin, positions,
+    key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
+    k_scale, v_scale,
+    writes, positions_in_table,
+    # Constants, so that addresses take few instructions and few arguments have to be fetched: all
+    # calls of a layer have the same strides.
+    q_token: tl.constexpr, q_head: tl.constexpr, q_d: tl.constexpr,
+    k_token: tl.constexpr, k_head: tl.constexpr, k_d: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr, v_d: tl.constexpr,
+    oq_token: tl.constexpr, oq_head: tl.constexpr, oq_d: tl.constexpr,
+    ok_token: tl.constexpr, ok_head: tl.constexpr, ok_d: tl.constexpr,
+    cos_row: tl.constexpr, cos_d: tl.constexpr, sin_row: tl.constexpr, sin_d: tl.constexpr,
+    s_position: tl.constexpr, s_slot: tl.constexpr,
+    slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
+    kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
+    kc_outer: tl.constexpr, kc_inner: tl.constexpr,
+    vc_block: tl.constexpr, vc_offset: tl.constexpr, vc_head: tl.constexpr,
+    vc_inner: tl.constexpr,
+    sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
+    sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
+    s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr,
+    WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, EXACT_BF16: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """See the top of this file."""
+    if OVERLAP:  # the attention that follows waits for the end of this; NOTE [overlap] in `merge`
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    K_GROUPS: tl.constexpr = (HK + HEADS - 1) // HEADS
+    FIRST_Q: tl.constexpr = 2 * K_GROUPS if WRITE else K_GROUPS
+    heads = tl.arange(0, HEADS)[:, None]
+    if group >= FIRST_Q:
+        head = ((group - FIRST_Q) * HEADS + heads).to(tl.int64)
+        _rotate(
+            query + token * q_token + head * q_head, out_query + token * oq_token + head * oq_head,
+            cos, sin, positions, head, token, positions_in_table,
+            q_d, oq_d, cos_row, cos_d, sin_row, sin_d, s_position,
+            HQ, D, ROTARY, NEOX, FULL, IN_PLACE, EXACT_BF16, PAIRS, REST,
+        )  # fmt: skip
+        return
+    mapped = token < writes
+    if WRITE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
+        if group >= K_GROUPS:
+            head = ((group - K_GROUPS) * HEADS + heads).to(tl.int64)
+            d = tl.arange(0, ROW)[None, :]
+            place = value + token * v_token + head * v_head + d.to(tl.int64) * v_d
+            v = tl.load(place, mask=(head < HK) & (d < D))
+            tl.debug_barrier()  # as in `cache_write`
+            slot, code = load_routing(slot_mapping, row_map, token, mapped, s_slot, s_map, STAGE)
+            store_row(
+                v, v_scale, head, d, D, value_cache, staged_value, slot, code,
+                slots_in_cache, staging_rows,
+                vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d, s_v_scale,
+                HK, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+            )  # fmt: skip
+            return
     if WRITE:
-        # Groups of q have neither a slot nor a staging row.
-        _store_kv(
-            v, value_cache, staged_value, v_scale, head, d, inside_v, slot, code,
+        slot, code = load_routing(slot_mapping, row_map, token, mapped, s_slot, s_map, STAGE)
+    head = (group * HEADS + heads).to(tl.int64)
+    o1, o2, kept = _rotate(
+        key + token * k_token + head * k_head, out_key + token * ok_token + head * ok_head,
+        cos, sin, positions, head, token, positions_in_table,
+        k_d, ok_d, cos_row, cos_d, sin_row, sin_d, s_position,
+        HK, D, ROTARY, NEOX, FULL, IN_PLACE, EXACT_BF16, PAIRS, REST,
+    )  # fmt: skip
+    if WRITE:
+        pair = tl.arange(0, PAIRS)[None, :]
+        if NEOX:
+            first, second, end = pair, pair + ROTARY // 2, ROTARY // 2
+        else:
+            first, second, end = 2 * pair, 2 * pair + 1, ROTARY
+        store_row(
+            o1, k_scale, head, first, end, key_cache, staged_key, slot, code,
             slots_in_cache, staging_rows,
-            vc_block, vc_offset, vc_head, 0, vc_inner, sv_row, sv_head, sv_d,
-            s_v_scale, D, D, BLOCK_SIZE, STAGE, FP8, V_SCALED,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d, s_k_scale,
+            HK, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
         )  # fmt: skip
-        _store_kv(
-            o1, key_cache, staged_key, k_scale, head, first, inside, slot, code,
+        store_row(
+            o2, k_scale, head, second, ROTARY, key_cache, staged_key, slot, code,
             slots_in_cache, staging_rows,
-            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-            s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
-        )  # fmt: skip
-        _store_kv(
-            o2, key_cache, staged_key, k_scale, head, second, inside, slot, code,
-            slots_in_cache, staging_rows,
-            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-            s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d, s_k_scale,
+            HK, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
         )  # fmt: skip
         if ROTARY < D:
-            _store_kv(
-                kept, key_cache, staged_key, k_scale, head, rest, left, slot, code,
+            rest = ROTARY + tl.arange(0, REST)[None, :]
+            store_row(
+                kept, k_scale, head, rest, D, key_cache, staged_key, slot, code,
                 slots_in_cache, staging_rows,
-                kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d,
-                s_k_scale, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
+                kc_block, kc_offset, kc_head, kc_outer, kc_inner, sk_row, sk_head, sk_d, s_k_scale,
+                HK, D, X, BLOCK_SIZE, STAGE, FP8, K_SCALED,
             )  # fmt: skip
     if STAGE:  # noqa: SIM102 (decided at compile time, and before the other is looked at)
-        if group == Q_GROUPS:
-            # One program a token, so a row counts once whatever its heads. Relaxed: who reads the
-            # state comes after this kernel, and a fence here would wait for all the stores.
-            one = tl.zeros([1], tl.int32)
-            draft = one + code
-            staged = (draft >= 0) & (draft < staging_rows)
-            tl.atomic_add(state + one, one + 1, mask=staged, sem="relaxed")
-            lost = one + staging_row(code) >= staging_rows
-            tl.atomic_or(state + 1 + one, one + 1, mask=lost, sem="relaxed")
+        if group == 0:  # one program a token, so a row counts once whatever its heads
+            count_row(state, code, staging_rows)
 
 
 def _launch(
@@ -244,7 +228,8 @@ def _launch(
         max(1, _GROUP // triton.next_power_of_2(size)),
         triton.next_power_of_2(max(q_heads, kv_heads)),
     )
-    groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads)
+    moves = 1 if key_cache is None else 2  # k alone, or k and v
+    groups = triton.cdiv(q_heads, heads) + moves * triton.cdiv(kv_heads, heads)
     if tokens == 0 or groups == 0 or size == 0:
         return
     fp8, block_size, x = FP8_CODE[kv_cache_dtype], 1, size
@@ -282,7 +267,6 @@ def _launch(
             scale_stride(k_scale), scale_stride(v_scale),
             HQ=q_heads, HK=kv_heads, D=size, ROTARY=rotary_dim, NEOX=is_neox,
             FULL=cos.shape[1] == rotary_dim, IN_PLACE=out_query is query,
-            SAME_D=query.stride(2) == key.stride(2) and out_query.stride(2) == out_key.stride(2),
             WRITE=key_cache is not None, STAGE=staging is not None, X=x, BLOCK_SIZE=block_size,
             FP8=fp8, K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
             EXACT_BF16=INTERPRETED,

@@ -119,6 +119,37 @@ def test_writes_equal_the_reference(
     assert_same_bits(*both(run))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("dtype", "name", "scales"), FORMATS)
+def test_stage_kv_into_blocks_of_the_cache_itself(
+    dtype: torch.dtype, name: str, scales: int, packed: bool, rng: torch.Generator
+) -> None:
+    """Staging rows are the last blocks of an NHD cache, which no slot is in."""
+    tokens, blocks, tails = 333, 40, 25
+    key, value = torch.randn(2, tokens, HEADS, SIZE, generator=rng, device="cuda").to(dtype)
+    slots = torch.randperm(blocks * BLOCK_SIZE, generator=rng, device="cuda")[:tokens]
+    rows = torch.randperm(tails * BLOCK_SIZE, generator=rng, device="cuda")[:tokens].int()
+    kind = torch.rand(tokens, generator=rng, device="cuda")  # draft, mirrored or certain
+    row_map = torch.where(kind < 0.8, torch.where(kind < 0.6, rows, -(rows + 2)), -1)
+    scale = torch.rand(scales, generator=rng, device="cuda") + 0.01 if scales else None
+    stored = layout.cache_dtype(name, dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        size = 2 * SIZE if packed else SIZE
+        first, second = empty_cache("NHD", blocks + tails, BLOCK_SIZE, HEADS, size, stored, "cuda")
+        cache = (first[..., :SIZE], first[..., SIZE:]) if packed else (first, second)
+        shape = (tails * BLOCK_SIZE, HEADS, SIZE)
+        staged = [c.as_strided(shape, c.stride()[1:], c[blocks].storage_offset()) for c in cache]
+        state = torch.tensor([5, 0], dtype=torch.int32, device="cuda")
+        ops.stage_kv(
+            key, value, cache[0][:blocks], cache[1][:blocks], staged[0], staged[1], state, slots,
+            row_map, name, scale, scale,
+        )  # fmt: skip
+        return (*cache, state)
+
+    assert_same_bits(*both(run))
+
+
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
 def test_fp8_rounds_as_torch_does_on_the_cpu(name: str, rng: torch.Generator) -> None:
     """Every float16, and random bits of float32. NaN may lose its sign on the way to the GPU."""
