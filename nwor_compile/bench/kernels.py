@@ -13,25 +13,40 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from rich.console import Console
-from rich.table import Table
 
 from nwor_compile.bench import (
     kernels_attention,
+    kernels_bytes,
+    kernels_rope,
     kernels_scv,
     kernels_timing,
     kernels_vllm,
     kernels_writes,
 )
-from nwor_compile.bench.kernels_points import points
+from nwor_compile.bench.kernels_bytes import BytesRow
+from nwor_compile.bench.kernels_points import BLOCK_SIZE, Point, points
+from nwor_compile.bench.kernels_rope import RopeRow
+from nwor_compile.bench.kernels_screen import show as show
 from nwor_compile.bench.record import Machine, Spread, this_machine
 
 
 class AttentionRow(BaseModel):
-    """One point: microseconds a layer."""
+    """One point: microseconds a layer.
+
+    Paths are attention with all KV writing. Ratios are the direct path's time (FA3 at its best
+    split count and vLLM's write) over that of the staged path with the attention that `auto` takes:
+    `ratio` with a stage launch of its own, `ratio_in_rope` with staging in RoPE's kernel, as what
+    the path with RoPE takes beyond the faster RoPE alone; `ratio_with_rope` has RoPE on both sides.
+    `sums` are the parts added up.
+    """
 
     group: str
     case: str
+    requests: int
+    span: int
+    heads: int
+    kv_heads: int
+    head_size: int
     layers: int
     aliased: bool  # requests share blocks, because the point exceeds memory
     floor_us: float
@@ -39,7 +54,13 @@ class AttentionRow(BaseModel):
     split_sweep: dict[int, float]
     best_splits: int | None
     error: float | None
-    ratio: float | None  # FA3 and direct write, best split count, over the staged path
+    chosen: str
+    equal: dict[str, bool]
+    sums: dict[str, float] = {}
+    ratio: float | None = None
+    ratio_in_rope: float | None = None
+    ratio_with_rope: float | None = None
+    fused_over_fa3: float | None = None  # attention alone, over tail blocks: below 1 fused is ahead
 
 
 class WriteRow(BaseModel):
@@ -48,7 +69,7 @@ class WriteRow(BaseModel):
     rows: int
     runs: dict[str, Spread]
     commit_floor_us: dict[str, float]
-    ratios: dict[str, float]  # vLLM's 32 writes over a commit
+    ratios: dict[str, float]  # vLLM's 32 writes over a commit, or over the step with tail blocks
 
 
 class ScvRow(BaseModel):
@@ -75,6 +96,8 @@ class KernelsRecord(BaseModel):
     attention: list[AttentionRow] = []
     writes: list[WriteRow] = []
     scv: list[ScvRow] = []
+    rope: list[RopeRow] = []
+    moves: list[BytesRow] = []
     failures: dict[str, str] = {}
 
 
@@ -99,6 +122,7 @@ def run(
         copy_bytes_per_us=kernels_timing.copy_bandwidth(),
         launch_floor_us=kernels_timing.launch_floor(),
     )  # fmt: skip
+    record.moves = kernels_bytes.rows(BLOCK_SIZE)
     seconds, replays = (0.25, 20) if quick else (0.6, 40)
     if only in (None, "writes"):
         for rows in kernels_writes.ROWS:
@@ -113,6 +137,12 @@ def run(
             record.scv.append(ScvRow(requests=requests, device=part.device, host=part.host))
             save(record)
             _free()
+    if only in (None, "rope"):
+        for rows in kernels_rope.ROWS:
+            progress(f"rope: {rows} rows")
+            record.rope.append(kernels_rope.measured_row(rows, seconds=seconds, replays=replays))
+            save(record)
+            _free()
     for group, members in points(quick=quick).items():
         if only not in (None, "attention", group):
             continue
@@ -125,7 +155,7 @@ def run(
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 record.failures[point.label] = f"{type(error).__name__}: {error}"
             else:
-                record.attention.append(_attention_row(group, point.label, measured, record))
+                record.attention.append(attention_row(group, point, measured, record))
             save(record)
             _free()
     record.clocks.append(kernels_timing.clocks())
@@ -138,25 +168,50 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _attention_row(
-    group: str, label: str, measured: kernels_attention.Measured, record: KernelsRecord
+def attention_row(
+    group: str, point: Point, measured: kernels_attention.Measured, record: KernelsRecord
 ) -> AttentionRow:
-    runs = measured.runs
-    ratio = None
-    if "FA3 path" in runs:
-        ratio = runs["FA3 path"].median / runs["staged path"].median
+    """A measured point with its floor, sums and ratios."""
     floor = measured.bytes / record.copy_bytes_per_us.median + record.launch_floor_us.median
-    return AttentionRow(
-        group=group, case=label, layers=measured.layers, aliased=measured.aliased, floor_us=floor,
-        runs=runs, split_sweep=measured.sweep, best_splits=measured.best_splits,
-        error=measured.error, ratio=ratio,
+    row = AttentionRow(
+        group=group, case=point.label, requests=point.batch, span=point.span, heads=point.heads,
+        kv_heads=point.kv_heads, head_size=point.size, layers=measured.layers,
+        aliased=measured.aliased, floor_us=floor, runs=measured.runs, split_sweep=measured.sweep,
+        best_splits=measured.best_splits, error=measured.error, chosen=measured.chosen,
+        equal=measured.equal,
     )  # fmt: skip
+    return row.model_copy(update=_compared(row))
+
+
+def _compared(row: AttentionRow) -> dict[str, object]:
+    """Sums and ratios of a point, as far as the baselines are known."""
+    a = kernels_attention
+    took = {name: spread.median for name, spread in row.runs.items()}
+    paths = {"FA3": (a.FA3_TAIL, a.PATH_FA3, a.ROPE_FA3)}
+    attention, path, rope_path = paths.get(row.chosen, (a.FUSED_TAIL, a.PATH_FUSED, a.ROPE_FUSED))
+    if not {attention, path, rope_path} <= took.keys():
+        return {}
+    rope = min(took.get(a.ROPE_VLLM, took[a.ROPE]), took[a.ROPE])
+    others = took[attention] + took[a.OPEN] + took[a.COMMIT]
+    in_rope = max(0.0, took[a.ROPE_STAGE] - took[a.ROPE])
+    new: dict[str, object] = {
+        "sums": {
+            "staged path": others + took[a.STAGE_TAIL],
+            "staged path, in RoPE": others + in_rope,
+        }
+    }
+    if a.DIRECT_PATH in took:
+        new["ratio"] = took[a.DIRECT_PATH] / took[path]
+        new["ratio_in_rope"] = took[a.DIRECT_PATH] / (took[rope_path] - rope)
+        new["ratio_with_rope"] = took[a.DIRECT_ROPE] / took[rope_path]
+        new["fused_over_fa3"] = took[a.FUSED_TAIL] / took[a.FA3_TAIL]
+    return new
 
 
 def _write_row(rows: int, record: KernelsRecord, seconds: float, replays: int) -> WriteRow:
     runs = kernels_writes.measure(rows, seconds=seconds, replays=replays)
     floors, ratios = {}, {}
-    baseline = runs.get(f"{kernels_writes.LAYERS} x vLLM's reshape_and_cache_flash")
+    baseline = runs.get(kernels_writes.BASELINE)
     for rate in kernels_writes.ACCEPTANCE:
         name = f"{rate:.0%}"
         moved = 2 * kernels_writes.accepted_rows(rows, rate) * kernels_writes.ROW_BYTES
@@ -164,51 +219,9 @@ def _write_row(rows: int, record: KernelsRecord, seconds: float, replays: int) -
         floors[name] = moved / record.copy_bytes_per_us.median + record.launch_floor_us.median
         if baseline is not None:
             ratios[name] = baseline.median / runs[f"commit_kv, {name} accepted"].median
+    if baseline is not None:
+        ratios["step"] = baseline.median / runs[kernels_writes.STEP].median
     return WriteRow(rows=rows, runs=runs, commit_floor_us=floors, ratios=ratios)
-
-
-def show(record: KernelsRecord, console: Console) -> None:
-    """Print a record: medians in microseconds."""
-    console.print(
-        f"{record.device}, torch {record.machine.torch}, Triton {record.triton}, vLLM "
-        f"{record.vllm}, {record.machine.date}; copy {record.copy_bytes_per_us.median / 1e6:.2f} "
-        f"TB/s, empty kernel {record.launch_floor_us.median:.2f} us"
-    )
-    if record.baselines_missing:
-        console.print(f"baselines are missing: {record.baselines_missing}")
-    if record.writes:
-        names = list(record.writes[0].runs)
-        table = Table("rows", *names, "ratios", title="KV writes of 32 layers, us a step")
-        for row in record.writes:
-            ratios = ", ".join(f"{k} {v:.1f}" for k, v in row.ratios.items())
-            medians = (f"{row.runs[name].median:.1f}" for name in names)
-            table.add_row(str(row.rows), *medians, ratios)
-        console.print(table)
-    if record.scv:
-        device, host = list(record.scv[0].device), list(record.scv[0].host)
-        table = Table(
-            "requests", *device, *(f"host: {n}" for n in host), title="SCV and commit, us"
-        )
-        for scv in record.scv:
-            parts = [scv.device[name] for name in device] + [scv.host[name] for name in host]
-            table.add_row(str(scv.requests), *(f"{part.median:.1f}" for part in parts))
-        console.print(table)
-    if record.attention:
-        names = list(dict.fromkeys(name for row in record.attention for name in row.runs))
-        table = Table("case", "floor", *names, "best", "ratio", title="Attention, us a layer")
-        for attention in record.attention:
-            cells = [
-                f"{attention.runs[name].median:.1f}" if name in attention.runs else ""
-                for name in names
-            ]
-            table.add_row(
-                attention.case + (" (aliased)" if attention.aliased else ""),
-                f"{attention.floor_us:.1f}", *cells, str(attention.best_splits),
-                "" if attention.ratio is None else f"{attention.ratio:.2f}",
-            )  # fmt: skip
-        console.print(table)
-    for case, failure in record.failures.items():
-        console.print(f"failed: {case}: {failure}")
 
 
 def write(record: KernelsRecord, path: Path) -> None:

@@ -2,148 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nwor_compile import ops
 from nwor_compile.bench import kernels_vllm as vllm
+from nwor_compile.bench.kernels_batch import Batch
 from nwor_compile.bench.kernels_points import BLOCK_SIZE, Point
 from nwor_compile.bench.kernels_timing import Run, compare
 from nwor_compile.bench.record import Spread
-from nwor_compile.ops.layout import cache_dtype
 
-LAYERS = 32
-# More than this and caches of one layer share blocks, which are still far more than the L2 holds.
-POOL_BYTES = 32 * 2**30
-ACCEPTANCE = 0.3
 # bf16 weights of the softmax and bf16 output, in two kernels that sum in another order.
 LARGEST_ERROR = 2e-2
+# Tokens of a batch beyond which the slow alternatives are left out.
+ALTERNATIVES_TOKENS = 2**20
 
-
-@functools.cache
-def _storage(dtype: torch.dtype) -> Tensor:
-    """Random values that every point takes its caches from."""
-    elements = POOL_BYTES // (2 if dtype.itemsize == 2 else 4)
-    if dtype.itemsize == 2:
-        return torch.empty(elements, dtype=dtype, device="cuda").normal_()
-    part = torch.randn(elements // 8, device="cuda").to(dtype)
-    return part.repeat(8)
-
-
-class Batch:
-    """The tensors of one point, with as many layer caches as there is room for."""
-
-    def __init__(self, point: Point) -> None:
-        self.point = point
-        lengths, span = point.lengths, point.span
-        columns = -(-max(lengths) // BLOCK_SIZE)
-        room = max(columns, -(-point.room // BLOCK_SIZE))
-        used = [-(-n // BLOCK_SIZE) for n in lengths]
-        dtype = cache_dtype(point.kv_cache_dtype, torch.bfloat16)
-        storage = _storage(dtype)
-        block = BLOCK_SIZE * point.kv_heads * point.size
-        available = storage.numel() // (2 * block)
-        self.layers = max(2, min(LAYERS, available // sum(used)))
-        blocks = min(sum(used), available // self.layers)
-        self.aliased = blocks < sum(used)
-        shape = (blocks, BLOCK_SIZE, point.kv_heads, point.size)
-        size = blocks * block
-        self.caches = [
-            (
-                storage[2 * i * size : (2 * i + 1) * size].view(shape),
-                storage[(2 * i + 1) * size : (2 * i + 2) * size].view(shape),
-            )
-            for i in range(self.layers)
-        ]
-        order = torch.randperm(blocks, device="cuda", dtype=torch.int32)
-        if self.aliased:
-            order = order.repeat(-(-sum(used) // blocks))
-        self.table = torch.zeros(point.batch, room, dtype=torch.int32, device="cuda")
-        for r, (first, n) in enumerate(zip(itertools.accumulate([0, *used]), used, strict=False)):
-            self.table[r, :n] = order[first : first + n]
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        self.tokens = point.batch * span
-        ints = functools.partial(torch.arange, device="cuda", dtype=torch.int32)
-        self.starts = ints(point.batch + 1) * span
-        drafts = span - 1
-        self.num_drafts = torch.full_like(self.lengths, drafts)
-        self.tails = ints(point.batch) * drafts
-        token = torch.arange(self.tokens, device="cuda")
-        request, place = token // span, token % span
-        self.row_map = torch.where(place > 0, request * drafts + place - 1, -1).to(torch.int32)
-        position = self.lengths.long()[request] - span + place
-        block_of = self.table[request, position // BLOCK_SIZE].long()
-        self.slots = block_of * BLOCK_SIZE + position % BLOCK_SIZE
-        self.draft_slots = self.slots[place > 0].contiguous()
-        rows = (self.layers, point.batch * drafts, point.kv_heads, point.size)
-        self.staged_key, self.staged_value = (
-            torch.empty(rows, dtype=dtype, device="cuda") for _ in "kv"
-        )
-        for i, caches in enumerate(self.caches):
-            for staged, cache in zip((self.staged_key, self.staged_value), caches, strict=True):
-                flat = _bits(cache).view(-1, point.kv_heads, point.size)
-                _bits(staged[i]).copy_(flat[self.draft_slots])
-        self.query, self.key, self.value = (
-            torch.randn(self.tokens, heads, point.size, device="cuda").to(torch.bfloat16)
-            for heads in (point.heads, point.kv_heads, point.kv_heads)
-        )
-        self.state = torch.zeros(self.layers, 2, dtype=torch.int32, device="cuda")
-        keys, values = map(list, zip(*self.caches, strict=True))
-        self.committed = (keys, values, list(self.staged_key), list(self.staged_value))
-        self.cache_table = ops.cache_table(*self.committed)
-        self.mask = torch.rand(rows[1], device="cuda") < ACCEPTANCE
-        self.counters = torch.zeros(ops.counter_size(drafts), dtype=torch.int64, device="cuda")
-        self.error = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self.one = torch.ones(1, device="cuda")
-        self.scale = point.size**-0.5
-
-    @property
-    def fp8(self) -> tuple[Any, ...]:
-        """The cache dtype arguments of our ops: name, scale of K, scale of V."""
-        name = self.point.kv_cache_dtype
-        return (name, None, None) if name == "auto" else (name, self.one, self.one)
-
-    def verify(self, layer: int) -> Tensor:
-        """Our attention of one layer."""
-        return ops.verify_attention(
-            self.query, *self.caches[layer], self.staged_key[layer], self.staged_value[layer],
-            self.table, self.lengths, self.starts, self.num_drafts, self.tails, self.scale, 0, 0.0,
-            *self.fp8,
-        )  # fmt: skip
-
-    def stage(self, layer: int) -> None:
-        """Our write of one layer."""
-        ops.stage_kv(
-            self.key, self.value, *self.caches[layer], self.staged_key[layer],
-            self.staged_value[layer], self.state[layer], self.slots, self.row_map, *self.fp8,
-        )  # fmt: skip
-
-    def commit(self) -> None:
-        """Our commit of all layers."""
-        ops.commit_kv(
-            *self.committed, self.draft_slots, self.mask, self.error, self.num_drafts,
-            self.num_drafts, self.counters, self.cache_table, self.layers,
-        )  # fmt: skip
-
-    def staged_path(self) -> None:
-        """All that a step does for the layers: stage and attend, then commit."""
-        self.each(self.stage, self.verify)
-        self.commit()
-
-    def each(self, *parts: Any) -> None:
-        """Every part for every layer."""
-        for layer in range(self.layers):
-            for part in parts:
-                part(layer)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+# What a run measures. Attention alone, over prefix and tail:
+FA3 = "FA3"  # vLLM's FlashAttention 3, tail written to the cache
+FA3_TAIL = "FA3 over tail blocks"
+FUSED_TAIL = "fused over tail blocks"  # this package's kernel
+FUSED_APART = "verify"  # the same, tail from memory apart
+# Writes alone:
+WRITE = "vLLM's write"
+STAGE_TAIL = "stage into tail blocks"
+STAGE_APART = "stage"
+OPEN, COMMIT = "open", "commit"
+# Everything that a step does for its layers:
+DIRECT_PATH = "FA3 path"  # direct write, then FlashAttention
+PATH_FA3, PATH_FUSED = "staged path, FA3", "staged path, fused"
+PATH_APART = "staged path, memory apart"
+# The same with RoPE, which ours stages in:
+ROPE, ROPE_VLLM, ROPE_STAGE = "RoPE", "vLLM's RoPE", "RoPE with staging into tail blocks"
+DIRECT_ROPE = "RoPE, FA3 path"
+ROPE_FA3, ROPE_FUSED = "RoPE, staged path, FA3", "RoPE, staged path, fused"
 
 
 class Flash:
@@ -170,13 +65,13 @@ class Flash:
             splits=splits, causal=causal, dtype=self.dtype,
         )  # fmt: skip
 
-    def attend(self, layer: int, splits: int, metadata: Tensor) -> None:
+    def attend(self, layer: int, splits: int, metadata: Tensor, table: Tensor) -> None:
         """One layer."""
         batch = self.batch
         vllm.flash(
             self.query, batch.caches[layer], self.out, cu_seqlens_q=batch.starts,
             max_seqlen_q=batch.point.span, seqused_k=batch.lengths, max_seqlen_k=self.max_length,
-            softmax_scale=batch.scale, causal=True, block_table=batch.table,
+            softmax_scale=batch.scale, causal=True, block_table=table,
             scheduler_metadata=metadata, num_splits=splits, **self.descale,
         )  # fmt: skip
 
@@ -185,13 +80,30 @@ class Flash:
         b = self.batch
         vllm.write(b.key, b.value, b.caches[layer], b.slots, b.one, b.point.kv_cache_dtype)
 
-    def run(self, splits: int, *, write: bool = False) -> None:
-        """A step: metadata, then every layer."""
+    def rope(self, layer: int) -> None:
+        """vLLM's RoPE of one layer, in place."""
+        b = self.batch
+        vllm.rope(b.positions, b.query, b.key, b.point.size, b.angles)
+
+    def rope_write(self, layer: int) -> None:
+        """vLLM's RoPE and direct write of one layer."""
+        self.rope(layer)
+        self.write(layer)
+
+    def run(self, splits: int, *, write: Run | None = None, tail: bool = False) -> None:
+        """A step: metadata, then every layer. tail: over the redirected block table."""
         metadata = self.schedule(splits, self.batch.lengths)
+        table = self.batch.redirected if tail else self.batch.table
         for layer in range(self.batch.layers):
-            if write:
-                self.write(layer)
-            self.attend(layer, splits, metadata)
+            if write is not None:
+                write(layer)
+            self.attend(layer, splits, metadata, table)
+
+    def path(self, splits: int, write: Run) -> None:
+        """All that a step does for the layers with tail blocks, FlashAttention over them."""
+        self.batch.open()
+        self.run(splits, write=write, tail=True)
+        self.batch.commit()
 
     def unified(self) -> None:
         """vLLM's Triton attention, every layer."""
@@ -232,53 +144,127 @@ class Measured:
     sweep: dict[int, float]  # FA3's medians by split count
     best_splits: int | None
     error: float | None  # relative difference from FA3's output
+    chosen: str  # the attention that `auto` takes: FA3 or fused
+    equal: dict[str, bool]  # attention over tail blocks: bits as over the written cache
+
+
+class _Checks(NamedTuple):
+    error: float | None
+    equal: dict[str, bool]
 
 
 def measure(point: Point, *, seconds: float, replays: int, alternatives: bool) -> Measured:
-    """Time one point. `alternatives`: also vLLM's Triton attention and FA3 with a merged tail."""
-    batch = Batch(point)
-    runs: dict[str, Run] = {
-        "verify": lambda: batch.each(batch.verify),
-        "stage": lambda: batch.each(batch.stage),
-        "staged path": batch.staged_path,
-    }
+    """Time one point. `alternatives`: also vLLM's Triton attention and FA3 with a merged tail.
+
+    Raises RuntimeError if two kernels that should compute the same do not.
+    """
+    with contextlib.closing(Batch(point)) as batch:
+        return _measure(batch, seconds=seconds, replays=replays, alternatives=alternatives)
+
+
+def _measure(batch: Batch, *, seconds: float, replays: int, alternatives: bool) -> Measured:
+    point = batch.point
+    runs = _our_runs(batch)
     sweep: dict[int, float] = {}
-    best = error = None
+    best: int | None = None
     comparable = point.kv_cache_dtype in ("auto", "fp8_e4m3")
-    if not vllm.missing() and comparable:
-        flash = Flash(batch)
-        error = _difference(batch, flash)
+    flash = Flash(batch) if comparable and not vllm.missing() else None
+    if flash is not None:
         tried = {f"{s}": functools.partial(flash.run, s) for s in vllm.SPLITS}
         short = compare(
             dict(tried), dict.fromkeys(tried, batch.layers), seconds=seconds / 3, replays=7
         )
         sweep = {int(name): spread.median for name, spread in short.items()}
         best = min(sweep, key=lambda s: sweep[s])
-        runs["FA3"] = functools.partial(flash.run, best)
-        runs["FA3 path"] = functools.partial(flash.run, best, write=True)
-        runs["vLLM's write"] = lambda: batch.each(flash.write)
-        if best != vllm.DEFAULT_SPLITS:
-            runs["FA3 path, vLLM's splits"] = functools.partial(
-                flash.run, vllm.DEFAULT_SPLITS, write=True
-            )
-        if alternatives and point.kv_cache_dtype == "auto":
+        runs |= _their_runs(batch, flash, best)
+        few = sum(point.lengths) <= ALTERNATIVES_TOKENS
+        if alternatives and few and point.kv_cache_dtype == "auto":
             runs["Triton unified"] = flash.unified
             runs["FA3 + tail + merge"] = functools.partial(flash.merged, best)
+    checks = check(batch, flash, best)
     times = compare(runs, dict.fromkeys(runs, batch.layers), seconds=seconds, replays=replays)
     moved = sum(point.lengths) * point.row_bytes + 2 * batch.query.numel() * 2
-    return Measured(batch.layers, batch.aliased, moved, times, sweep, best, error)
+    # FLASH_ATTN takes no e5m2, so there this package's kernel is all there is.
+    fused = batch.fused_preferred or not comparable
+    return Measured(
+        batch.layers, batch.aliased, moved, times, sweep, best, checks.error,
+        "fused" if fused else "FA3", checks.equal,
+    )  # fmt: skip
 
 
-def _difference(batch: Batch, flash: Flash) -> float:
-    """How far our output is from FA3's over the same rows; raises if too far to be rounding."""
-    ours = batch.verify(0).float()
-    flash.attend(0, 1, flash.schedule(1, batch.lengths))
-    theirs = flash.out.float()
-    error = float((ours - theirs).norm() / theirs.norm())
-    limit = LARGEST_ERROR if batch.point.kv_cache_dtype == "auto" else 10 * LARGEST_ERROR
-    if not error < limit:
-        raise RuntimeError(
-            f"{batch.point.label}: our attention and FlashAttention 3 differ by {error:.3g}, more "
-            f"than {limit}: not the same function, so not worth timing"
+def _our_runs(batch: Batch) -> dict[str, Run]:
+    alone = {
+        FUSED_APART: batch.verify, STAGE_APART: batch.stage_apart, FUSED_TAIL: batch.fused,
+        STAGE_TAIL: batch.stage, ROPE: batch.rope, ROPE_STAGE: batch.rope_stage,
+    }  # fmt: skip
+    runs: dict[str, Run] = {
+        name: functools.partial(batch.each, part) for name, part in alone.items()
+    }
+    runs |= {
+        OPEN: batch.open,
+        COMMIT: batch.commit,
+        PATH_APART: batch.path_apart,
+        PATH_FUSED: functools.partial(batch.path, batch.stage, batch.fused),
+        ROPE_FUSED: functools.partial(batch.path, batch.rope_stage, batch.fused),
+    }
+    return runs
+
+
+def _their_runs(batch: Batch, flash: Flash, best: int) -> dict[str, Run]:
+    """FlashAttention over written caches and over tail blocks, `best` splits for both."""
+    runs: dict[str, Run] = {
+        FA3: functools.partial(flash.run, best),
+        FA3_TAIL: functools.partial(flash.run, best, tail=True),
+        WRITE: functools.partial(batch.each, flash.write),
+        DIRECT_PATH: functools.partial(flash.run, best, write=flash.write),
+        PATH_FA3: functools.partial(flash.path, best, batch.stage),
+        ROPE_VLLM: functools.partial(batch.each, flash.rope),
+        DIRECT_ROPE: functools.partial(flash.run, best, write=flash.rope_write),
+        ROPE_FA3: functools.partial(flash.path, best, batch.rope_stage),
+    }
+    if best != vllm.DEFAULT_SPLITS:
+        runs["FA3 path, vLLM's splits"] = functools.partial(
+            flash.run, vllm.DEFAULT_SPLITS, write=flash.write
         )
-    return error
+    return runs
+
+
+def check(batch: Batch, flash: Flash | None, splits: int | None) -> _Checks:
+    """Whether attention over staged rows is what it should be, on the first layer.
+
+    The rows of the step that the cache has are staged, so that the function stays the same: this
+    package's attention and FlashAttention must give the same bits by the redirected table, and each
+    other's output but for rounding. `verify_attention` reads such rows from memory apart already.
+    Raises RuntimeError if something differs.
+    """
+    batch.open()
+    batch.take_rows_from_cache(0)
+    written = batch.paged(0, batch.table)
+    batch.stage(0)
+    equal = {
+        FUSED_TAIL: torch.equal(written, batch.fused(0)),
+        FUSED_APART: torch.equal(written, batch.verify(0)),
+    }
+    error = None
+    if flash is not None and splits is not None:
+        metadata = flash.schedule(splits, batch.lengths)
+        flash.attend(0, splits, metadata, batch.table)
+        theirs = flash.out.clone()
+        flash.out.fill_(float("nan"))
+        flash.attend(0, splits, metadata, batch.redirected)
+        equal[FA3_TAIL] = torch.equal(theirs, flash.out)
+        error = float((written.float() - theirs.float()).norm() / theirs.float().norm())
+    label = batch.point.label
+    for name, same in equal.items():
+        if not same:
+            raise RuntimeError(
+                f"{label}: {name} differs from the same attention over the written cache: not the "
+                "same function, so not worth timing"
+            )
+    limit = LARGEST_ERROR if batch.point.kv_cache_dtype == "auto" else 10 * LARGEST_ERROR
+    if error is not None and not error < limit:
+        raise RuntimeError(
+            f"{label}: our attention and FlashAttention 3 differ by {error:.3g}, more than {limit}:"
+            " not the same function, so not worth timing"
+        )
+    return _Checks(error, equal)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nwor_compile.bench import kernels_attention as names
+
 if TYPE_CHECKING:
     from nwor_compile.bench.kernels import KernelsRecord
 
@@ -18,7 +20,10 @@ def draw(record: KernelsRecord, path: Path) -> None:
     figure = Figure(figsize=(12, 3 + 0.2 * len(rows)), layout="constrained")
     floors, commits = figure.subplots(1, 2, width_ratios=(3, 1))
     places = range(len(rows))
-    for name, marker in (("staged path", "o"), ("FA3 path", "x"), ("verify", ".")):
+    paths = (
+        (names.PATH_FA3, "o"), (names.PATH_FUSED, "."), (names.DIRECT_PATH, "x"), (names.FA3, "+"),
+    )  # fmt: skip
+    for name, marker in paths:
         known = [(i, r) for i, r in enumerate(rows) if name in r.runs]
         floors.plot(
             [r.runs[name].median / r.floor_us for _, r in known], [i for i, _ in known], marker,
@@ -35,7 +40,7 @@ def draw(record: KernelsRecord, path: Path) -> None:
         commits.plot(sizes, [row.ratios[rate] for row in record.writes], "o-", label=rate)
         commits.set_xscale("log")
         commits.set_xlabel("draft rows")
-        commits.set_title("vLLM's 32 writes over one commit, by acceptance", fontsize=8)
+        commits.set_title("vLLM's 32 writes over one commit or a step", fontsize=8)
         commits.legend(fontsize="small")
     figure.suptitle(f"{record.device}, {record.command}")
     path.parent.mkdir(parents=True, exist_ok=True)

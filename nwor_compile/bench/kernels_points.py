@@ -54,11 +54,13 @@ def points(*, quick: bool) -> dict[str, list[Point]]:
     """Point by group; the quick ones are a few of each."""
     llama = [
         Point(batch, context)
-        for batch in (1, 4, 8, 16, 64, 256)
+        for batch in (1, 2, 4, 8, 16, 64, 256)
         for context in (512, 1024, 2048, 4096, 8192, 32768, LONGEST)
         if (batch, context) in _LLAMA
     ]
-    base = [Point(1, 8192), Point(8, 1024), Point(16, 2048), Point(64, 4096)]
+    base = [
+        Point(1, 8192), Point(4, 2048), Point(8, 1024), Point(16, 2048), Point(64, 4096),
+    ]  # fmt: skip
     spans = [replace(p, span=s) for s in (2, 9, 17, 49) for p in base]
     models = [
         replace(p, heads=heads, kv_heads=kv_heads, size=size)
@@ -70,7 +72,7 @@ def points(*, quick: bool) -> dict[str, list[Point]]:
     fp8 = [
         replace(p, kv_cache_dtype=name)
         for name in ("fp8_e4m3", "fp8_e5m2")
-        for p in (Point(16, 2048), Point(64, 4096), Point(1, 32768))
+        for p in (Point(16, 2048), Point(64, 4096), Point(256, 2048), Point(1, 32768))
     ]
     groups = {
         "Llama-3-8B": llama, "spans": spans, "other heads": models, "ragged": ragged,
@@ -89,7 +91,8 @@ _MODELS = ((24, 8, 128), (64, 8, 128), (32, 32, 128), (32, 8, 64), (32, 1, 128))
 _LLAMA = {
     *((1, c) for c in (512, 2048, 8192, 32768, LONGEST)),
     *((4, c) for c in (512, 2048, 8192, 32768, LONGEST)),
-    *((8, c) for c in (1024, 4096)),
+    *((2, c) for c in (512, 8192)),
+    *((8, c) for c in (512, 1024, 4096)),
     *((16, c) for c in (512, 2048, 8192, 32768, LONGEST)),
     *((64, c) for c in (512, 1024, 4096, 32768, LONGEST)),
     *((256, c) for c in (512, 2048, 8192, 32768, LONGEST)),

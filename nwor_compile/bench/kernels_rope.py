@@ -8,8 +8,11 @@ one product, rotated in place; replays walk the caches of 32 layers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -25,6 +28,7 @@ from nwor_compile.ops import (
     rotary_embedding,
     stage_kv_window,
 )
+from nwor_compile.tail_blocks import TailBlocks, tail_blocks_needed
 
 LAYERS, HEADS, KV_HEADS, SIZE, BLOCK = 32, 32, 8, 128, 16
 DRAFTS, SPAN = 4, 5
@@ -36,6 +40,7 @@ ROPE_BYTES = 2 * 2 * (HEADS + KV_HEADS) * SIZE
 FUSED_BYTES = ROPE_BYTES + 2 * 3 * KV_HEADS * SIZE
 
 ALONE, FUSED, APART = "RoPE alone", "RoPE with staging", "RoPE, then stage_kv"
+FUSED_TAIL = "RoPE with staging into tail blocks"
 DIRECT, VLLM = "RoPE, then reshape_and_cache", "vLLM's RoPE alone"
 
 
@@ -44,7 +49,8 @@ class RopeRow(BaseModel):
 
     rows: int
     runs: dict[str, Spread]
-    ratio: float  # with staging over RoPE alone
+    ratio: float  # with staging (in memory apart) over RoPE alone
+    tail_ratio: float  # with staging into tail blocks over RoPE alone
     bytes_ratio: float
 
 
@@ -61,29 +67,45 @@ class RopeRecord(BaseModel):
     rows: list[RopeRow] = []
 
 
+class _Layers:
+    """Caches of 32 layers with an open window: staging in tail blocks, or in memory apart."""
+
+    def __init__(self, rows: int, *, tail: bool) -> None:
+        requests, device = rows // SPAN, "cuda"
+        needed = tail_blocks_needed(requests, DRAFTS, BLOCK)
+        first = max(64, rows // BLOCK + 1)
+        shape = (LAYERS, 2, first + needed, BLOCK, KV_HEADS, SIZE)
+        self.caches = [
+            (key, value) for key, value in torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        ]
+        self.slots = torch.randperm(first * BLOCK, device=device)[:rows]
+        self.window = Window(
+            {f"{tail} {i}": pair for i, pair in enumerate(self.caches)},
+            max_requests=requests, max_drafts=DRAFTS, max_tokens=rows, config=NworConfig(),
+            tail_blocks=TailBlocks({"kv": first}, 1) if tail else None,
+        )  # fmt: skip
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        given: dict[str, Any] = {}
+        if tail:
+            # All in their first block, whose rows of the step are mirrored: the certain one.
+            given = {
+                "block_table": torch.zeros(requests, 1, **ints),
+                "seq_lens": torch.randint(SPAN, BLOCK + 1, (requests,), **ints),
+            }
+        self.window.begin(
+            torch.full((requests,), DRAFTS, **ints), torch.arange(0, rows + 1, SPAN, **ints),
+            self.slots, **given,
+        )  # fmt: skip
+
+
 def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
     """Microseconds a layer by what is done; `rows` is a multiple of the span, 5."""
-    requests, device = rows // SPAN, "cuda"
-    blocks = max(64, rows // BLOCK + 1)
-    shape = (blocks, BLOCK, KV_HEADS, SIZE)
-    caches = [
-        (
-            torch.zeros(shape, dtype=torch.bfloat16, device=device),
-            torch.zeros(shape, dtype=torch.bfloat16, device=device),
-        )
-        for _ in range(LAYERS)
-    ]
     packed = [
-        torch.randn(rows, sum(WIDTHS), device=device).to(torch.bfloat16) for _ in range(LAYERS)
+        torch.randn(rows, sum(WIDTHS), device="cuda").to(torch.bfloat16) for _ in range(LAYERS)
     ]
-    angle = torch.rand(POSITIONS, SIZE // 2, device=device) * 6
+    angle = torch.rand(POSITIONS, SIZE // 2, device="cuda") * 6
     table = torch.cat([angle.cos(), angle.sin()], dim=1).to(torch.bfloat16)
-    positions = torch.randint(0, POSITIONS, (rows,), device=device)
-    slots = torch.randperm(blocks * BLOCK, device=device)[:rows]
-    window = Window(
-        {f"layers.{i}": pair for i, pair in enumerate(caches)},
-        max_requests=requests, max_drafts=DRAFTS, max_tokens=rows, config=NworConfig(),
-    )  # fmt: skip
+    positions = torch.randint(0, POSITIONS, (rows,), device="cuda")
 
     def parts(layer: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = packed[layer].split(WIDTHS, dim=1)
@@ -97,37 +119,50 @@ def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
     def vllm_alone() -> None:
         for layer in range(LAYERS):
             q, k, _ = parts(layer)
-            torch.ops._C.rotary_embedding(positions, q, k, SIZE, table, True)
+            kernels_vllm.rope(positions, q, k, SIZE, table)
 
-    def fused() -> None:
-        for layer, pair in enumerate(caches):
+    def fused(layers: _Layers) -> None:
+        for layer, pair in enumerate(layers.caches):
             q, k, v = parts(layer)
-            rope_stage_kv_window_in_place(positions, q, k, v, SIZE, table, True, *pair, slots)
+            rope_stage_kv_window_in_place(
+                positions, q, k, v, SIZE, table, True, *pair, layers.slots
+            )
 
     def apart() -> None:
-        for layer, pair in enumerate(caches):
+        for layer, pair in enumerate(away.caches):
             q, k, v = parts(layer)
             rotary_embedding(positions, q, k, SIZE, table, True)
-            stage_kv_window(k.unflatten(1, (-1, SIZE)), v, *pair, slots)
+            stage_kv_window(k.unflatten(1, (-1, SIZE)), v, *pair, away.slots)
 
     def direct() -> None:
-        for layer, pair in enumerate(caches):
+        for layer, pair in enumerate(away.caches):
             q, k, v = parts(layer)
             rotary_embedding(positions, q, k, SIZE, table, True)
-            reshape_and_cache(k.unflatten(1, (-1, SIZE)), v, *pair, slots)
+            reshape_and_cache(k.unflatten(1, (-1, SIZE)), v, *pair, away.slots)
 
-    runs: dict[str, Run] = {ALONE: alone, FUSED: fused, APART: apart, DIRECT: direct}
-    if kernels_vllm.missing() is None:
-        runs[VLLM] = vllm_alone
-    drafts = torch.full((requests,), DRAFTS, dtype=torch.int32, device=device)
-    starts = torch.arange(0, rows + 1, SPAN, dtype=torch.int32, device=device)
-    try:
-        with window.step(drafts, starts, slots):
-            return kernels_timing.compare(
-                runs, dict.fromkeys(runs, LAYERS), seconds=seconds, replays=replays
-            )
-    finally:
-        window.close()
+    with contextlib.ExitStack() as stack:
+        away, tail = (_Layers(rows, tail=tail) for tail in (False, True))
+        stack.callback(away.window.close)
+        stack.callback(tail.window.close)
+        runs: dict[str, Run] = {
+            ALONE: alone, FUSED: functools.partial(fused, away),
+            FUSED_TAIL: functools.partial(fused, tail), APART: apart, DIRECT: direct,
+        }  # fmt: skip
+        if kernels_vllm.missing() is None:
+            runs[VLLM] = vllm_alone
+        return kernels_timing.compare(
+            runs, dict.fromkeys(runs, LAYERS), seconds=seconds, replays=replays
+        )
+
+
+def measured_row(rows: int, *, seconds: float, replays: int) -> RopeRow:
+    """One number of token rows, with its ratios."""
+    runs = measure(rows, seconds=seconds, replays=replays)
+    alone = runs[ALONE].median
+    return RopeRow(
+        rows=rows, runs=runs, ratio=runs[FUSED].median / alone,
+        tail_ratio=runs[FUSED_TAIL].median / alone, bytes_ratio=FUSED_BYTES / ROPE_BYTES,
+    )  # fmt: skip
 
 
 def run(*, seconds: float, replays: int, command: str) -> RopeRecord:
@@ -141,13 +176,7 @@ def run(*, seconds: float, replays: int, command: str) -> RopeRecord:
         triton=triton.__version__, vllm=kernels_vllm.version(), clocks=[kernels_timing.clocks()],
     )  # fmt: skip
     for rows in ROWS:
-        runs = measure(rows, seconds=seconds, replays=replays)
-        record.rows.append(
-            RopeRow(
-                rows=rows, runs=runs, ratio=runs[FUSED].median / runs[ALONE].median,
-                bytes_ratio=FUSED_BYTES / ROPE_BYTES,
-            )
-        )  # fmt: skip
+        record.rows.append(measured_row(rows, seconds=seconds, replays=replays))
     record.clocks.append(kernels_timing.clocks())
     return record
 
@@ -166,7 +195,8 @@ def main() -> None:
         given.json.write_text(record.model_dump_json(indent=1) + "\n")
     for row in record.rows:
         medians = ", ".join(f"{name} {spread.median:.2f}" for name, spread in row.runs.items())
-        print(f"{row.rows} rows, us a layer: {medians}; ratio {row.ratio:.2f}")
+        ratios = f"ratio {row.ratio:.2f}, into tail blocks {row.tail_ratio:.2f}"
+        print(f"{row.rows} rows, us a layer: {medians}; {ratios}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ def write(
     )
 
 
+def rope(
+    positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor
+) -> None:
+    """`rotary_embedding`, in place, in GPT-NeoX's order."""
+    torch.ops._C.rotary_embedding(positions, query, key, head_size, cos_sin_cache, True)
+
+
 def schedule(
     lengths: Tensor, starts: Tensor, *, max_query: int, max_length: int, heads: int, kv_heads: int,
     size: int, block_size: int, splits: int, causal: bool = True,

@@ -1,7 +1,12 @@
-"""The write path of a step: 32 layers' writes and stages, and the commit of all layers."""
+"""The write path of a step: 32 layers' writes and stages, and the commit of all layers.
+
+Rows that all are drafts measure the kernels; a step with tail blocks has what an engine's has:
+verify spans of one certain row and four drafts, opened, staged and committed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -9,6 +14,8 @@ from torch import Tensor
 
 from nwor_compile import ops
 from nwor_compile.bench import kernels_vllm as vllm
+from nwor_compile.bench.kernels_batch import Batch
+from nwor_compile.bench.kernels_points import Point
 from nwor_compile.bench.kernels_timing import Run, compare
 from nwor_compile.bench.record import Spread
 
@@ -19,6 +26,11 @@ ROW_BYTES = 2 * KV_HEADS * SIZE * 2
 # Steps in a graph: one launch alone would mostly measure the start of a graph.
 STEPS = 8
 DRAFTS = 4
+SPAN = DRAFTS + 1
+CONTEXT = 512
+BASELINE = f"{LAYERS} x vLLM's reshape_and_cache_flash"
+OPEN, STAGE, COMMIT = "open tail blocks", f"{LAYERS} x stage_kv to tail blocks", "commit_kv of them"
+STEP = "step with tail blocks: open, stage, commit"
 
 
 class Writes:
@@ -93,7 +105,7 @@ def accepted_rows(rows: int, rate: float) -> int:
 
 
 def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
-    """Microseconds of a step of `rows` draft rows, by every way there is."""
+    """Microseconds of a step of `rows` token rows, by every way there is."""
     writes = Writes(rows)
     runs: dict[str, Run] = {
         f"{LAYERS} x reshape_and_cache": writes.direct,
@@ -104,5 +116,24 @@ def measure(rows: int, *, seconds: float, replays: int) -> dict[str, Spread]:
         mask[torch.randperm(rows, device="cuda")[: accepted_rows(rows, rate)]] = True
         runs[f"commit_kv, {rate:.0%} accepted"] = functools.partial(writes.commit, mask)
     if not vllm.missing():
-        runs[f"{LAYERS} x vLLM's reshape_and_cache_flash"] = writes.theirs
-    return compare(runs, dict.fromkeys(runs, STEPS), seconds=seconds, replays=replays)
+        runs[BASELINE] = writes.theirs
+    with contextlib.closing(Batch(Point(rows // SPAN, CONTEXT, span=SPAN))) as batch:
+        parts: dict[str, Run] = {
+            OPEN: batch.open,
+            STAGE: functools.partial(batch.each, batch.stage),
+            COMMIT: batch.commit,
+            STEP: functools.partial(_step, batch),
+        }
+        runs |= {name: functools.partial(_repeated, part) for name, part in parts.items()}
+        return compare(runs, dict.fromkeys(runs, STEPS), seconds=seconds, replays=replays)
+
+
+def _step(batch: Batch) -> None:
+    batch.open()
+    batch.each(batch.stage)
+    batch.commit()
+
+
+def _repeated(part: Run) -> None:
+    for _ in range(STEPS):
+        part()
