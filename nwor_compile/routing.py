@@ -86,8 +86,9 @@ def begin_rows(
     does not say which tokens are drafts; all tokens of that request are certain.
 
     Args:
-        num_drafts: `[R]` integer, 1 <= R <= max_requests.
-        query_start_loc: `[R + 1]` integer, R of `num_drafts`; tokens past the last are padding.
+        num_drafts: `[R]` integer, 1 <= R <= max_requests; or `[R + 1]`, the first logit of each
+            request, which has one more than it has drafts.
+        query_start_loc: `[R + 1]` integer; tokens past the last are padding.
         slot_mappings: one `[T]` integer a slot group. A step whose first mapping has no slot at
             all is a warm-up step, which has no drafts whatever its counts.
         routing: its tensors are filled.
@@ -102,7 +103,9 @@ def begin_rows(
         token_ids: `[>= T]` integer or None: the step's tokens, of which `kept.draft_ids` takes the
             drafts'.
     """
-    requests, device = num_drafts.shape[0], routing.row_map.device
+    requests, device = query_start_loc.shape[0] - 1, routing.row_map.device
+    if num_drafts.shape[0] > requests:
+        num_drafts = num_drafts.diff() - 1
     first, last = slot_mappings[0], slots[0].shape[0] - 1
     starts = query_start_loc.long()
     spans = starts[1:] - starts[:-1]
@@ -149,7 +152,7 @@ def begin_rows(
             full = torch.zeros(last + 1, dtype=target.dtype, device=device)
             full.scatter_(0, index[:tokens], values[:tokens].to(target.dtype))
             target.copy_(full[:last])
-    certain = (first >= 0) & (routing.row_map[:tokens] < 0)
+    certain = inside[:tokens] & (first >= 0) & (routing.row_map[:tokens] < 0)
     kept.counters[COUNTERS["certain"]] += certain.sum()
 
 

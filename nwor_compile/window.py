@@ -175,25 +175,28 @@ class Window:
 
     def begin(
         self,
-        num_drafts: Tensor,
+        num_drafts: Tensor | None,
         query_start_loc: Tensor,
         slot_mapping: Tensor | Mapping[str, Tensor],
         *,
         block_table: Tensor | Mapping[str, Tensor] | None = None,
         seq_lens: Tensor | None = None,
         token_ids: Tensor | None = None,
+        logit_starts: Tensor | None = None,
     ) -> None:
         """Open a window for one forward pass. Enqueues device work only.
 
         Args:
             num_drafts: `[R]` integer on the device: drafts at the end of each request's span; 0
-                for prefill and plain decode.
+                for prefill and plain decode. None where `logit_starts` says it.
             query_start_loc: `[R + 1]` integer on the device, first token of each request.
             slot_mapping: `[T]` integer on the device, slot of each token (-1: none), padding
                 included; with several slot groups, one a group name.
             block_table, seq_lens: needed with tail blocks: int32 `[>= R, columns]`, by group name
                 as above; and `[R]` integer, tokens of each request with this step's.
             token_ids: `[>= T]` integer, the step's tokens: `commit` then needs no draft ids.
+            logit_starts: `[R + 1]` integer on the device, the first logit of each request, which
+                has one more than it has drafts.
         Raises:
             WindowOrderError: a window is open, or this one was closed.
             WindowInputError: an argument does not fit; nothing changed.
@@ -201,7 +204,8 @@ class Window:
         raise the device-side error flag: the window stages nothing and accepts nothing.
         """
         self._expect(State.IDLE, "begin")
-        slots = self._check_begin(num_drafts, query_start_loc, slot_mapping)
+        counts = self._counts(num_drafts, logit_starts, query_start_loc)
+        slots = self._check_begin(counts, query_start_loc, slot_mapping)
         tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
         if self.redirection is not None:
             self.redirection.check(tables, seq_lens)
@@ -209,12 +213,12 @@ class Window:
             if tensor is not None:
                 self._check_integer(name, tensor)
         self._knows_ids = token_ids is not None
-        self._fake = isinstance(num_drafts, FakeTensor)
-        self._requests = num_drafts.shape[0]
+        self._fake = isinstance(counts, FakeTensor)
+        self._requests = query_start_loc.shape[0] - 1
         if not self._fake:
             try:
                 with span("nwor.begin"):
-                    self._route(num_drafts, query_start_loc, slots, tables, seq_lens, token_ids)
+                    self._route(counts, query_start_loc, slots, tables, seq_lens, token_ids)
             except BaseException:
                 # Half a window would stage the rows of the next forward pass, and lose them.
                 clear(self.tensors.routing)
@@ -386,9 +390,33 @@ class Window:
         }[self._state]
         raise WindowOrderError(f"{call}: {advice}")
 
+    def _counts(
+        self, num_drafts: Tensor | None, logit_starts: Tensor | None, query_start_loc: Tensor
+    ) -> Tensor:
+        """Whichever of the two was given, of a shape that fits."""
+        if num_drafts is not None and logit_starts is None:
+            name, given, more = "num_drafts", num_drafts, 0
+        elif logit_starts is not None and num_drafts is None:
+            name, given, more = "logit_starts", logit_starts, 1
+        else:
+            raise WindowInputError("begin: expected one of num_drafts and logit_starts")
+        requests = given.shape[0] - more if given.dim() == 1 else -1
+        if not 1 <= requests <= self.max_requests:
+            raise WindowInputError(
+                f"{name}: expected shape [{1 + more} to {self.max_requests + more}] (max_requests"
+                f"{' and one' if more else ''}), got {list(given.shape)}"
+            )
+        if list(query_start_loc.shape) != [requests + 1]:
+            raise WindowInputError(
+                f"query_start_loc: expected shape [{requests + 1}], got "
+                f"{list(query_start_loc.shape)}"
+            )
+        self._check_integer(name, given)
+        return given
+
     def _check_begin(
         self,
-        num_drafts: Tensor,
+        counts: Tensor,
         query_start_loc: Tensor,
         slot_mapping: Tensor | Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
@@ -398,18 +426,7 @@ class Window:
             raise WindowInputError(
                 f"slot_mapping: expected one for each of {names}, got {list(slots)}"
             )
-        requests = num_drafts.shape[0] if num_drafts.dim() == 1 else -1
-        if not 1 <= requests <= self.max_requests:
-            raise WindowInputError(
-                f"num_drafts: expected shape [1 to {self.max_requests}] (max_requests), got "
-                f"{list(num_drafts.shape)}"
-            )
-        if list(query_start_loc.shape) != [requests + 1]:
-            raise WindowInputError(
-                f"query_start_loc: expected shape [{requests + 1}], got "
-                f"{list(query_start_loc.shape)}"
-            )
-        checked = {"num_drafts": num_drafts, "query_start_loc": query_start_loc}
+        checked = {"query_start_loc": query_start_loc}
         checked.update({f"slot_mapping[{name}]": slots[name] for name in names})
         for name, tensor in checked.items():
             self._check_integer(name, tensor)

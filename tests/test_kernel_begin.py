@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -145,6 +145,18 @@ def test_int64_counts_and_strided_inputs() -> None:
     have = run(kernel.begin_rows, other, 400, 100, 600, TAIL)
     for what, tensor in want.items():
         torch.testing.assert_close(have[what], tensor, msg=what)
+
+
+@pytest.mark.parametrize("tail", [None, TAIL], ids=["rows", "tail blocks"])
+def test_logit_starts_say_what_counts_say(tail: TailRows | None) -> None:
+    case = CASES["spans of all lengths"]
+    starts = torch.cat([case.counts.new_zeros(1), (case.counts + 1).cumsum(0)]).to(torch.int32)
+    other = replace(case, counts=starts)
+    want = run(begin_rows, case, 400, 100, 600, tail)
+    for begin in (begin_rows, kernel.begin_rows):
+        have = run(begin, other, 400, 100, 600, tail)
+        for what, tensor in want.items():
+            torch.testing.assert_close(have[what], tensor, check_dtype=False, msg=what)
 
 
 def test_tail_rows_have_the_place_in_the_block_that_the_cache_will_give_them() -> None:

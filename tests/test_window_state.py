@@ -133,6 +133,12 @@ def test_warm_up_refuses_sizes_that_no_window_can_have(size: int) -> None:
         ({"num_drafts": torch.zeros(2, 3, dtype=torch.int32)}, r"num_drafts: .*\[1 to 6\]"),
         ({"query_start_loc": torch.zeros(6, dtype=torch.int32)}, r"query_start_loc: .*\[7\]"),
         ({"query_start_loc": torch.zeros(7)}, "query_start_loc: expected int32 or int64"),
+        ({"num_drafts": None}, "one of num_drafts and logit_starts"),
+        ({"logit_starts": torch.zeros(7, dtype=torch.int32)}, "one of num_drafts and logit_starts"),
+        (
+            {"num_drafts": None, "logit_starts": torch.zeros(8, dtype=torch.int32)},
+            r"logit_starts: .*\[2 to 7\]",
+        ),
         ({"slot_mapping": torch.zeros(65, dtype=torch.int64)}, r"slot_mapping\[kv\]: .*64"),
         ({"slot_mapping": torch.zeros(4, 2, dtype=torch.int64)}, r"slot_mapping\[kv\]: .*64"),
         ({"slot_mapping": torch.zeros(4)}, r"slot_mapping\[kv\]: expected int32 or int64"),

@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
@@ -142,15 +141,15 @@ class DeviceRunnerHooks(TailBlockHooks):
     def _begin_step(
         self, window: Window, input_batch: Any, tables: dict[str, Tensor], slot_mappings: Tensor
     ) -> None:
-        counts = torch.diff(input_batch.cu_num_logits) - 1  # a span's logits: drafts and one more
-        requests = counts.shape[0]
+        requests = input_batch.cu_num_logits.shape[0] - 1
         window.begin(
-            counts,
+            None,
             input_batch.query_start_loc[: requests + 1],
             {name: slot_mappings[int(name)] for name in tables},
             block_table=tables,
             seq_lens=input_batch.seq_lens[:requests],
             token_ids=input_batch.input_ids,
+            logit_starts=input_batch.cu_num_logits,
         )
 
     def _execute_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ serve both models.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,19 +53,40 @@ def take_called() -> set[str]:
     return names
 
 
-def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
+class LayerCall(NamedTuple):
+    """What one call of a layer's write works on. slots: None where there is nothing to write.
+
+    staging: None if all rows go to the cache: no window knows the layer, or `certain` is set.
+    """
+
+    layer: Any
+    kv_cache: Tensor
+    slots: Tensor | None
+    staging: LayerStaging | None
+    certain: bool
+
+
+def write_called(layer_name: LayerNameType) -> LayerCall:
+    """Count a call of a layer's write, and look up what it works on."""
     _executions["calls"] += 1
     name = _resolve_layer_name(layer_name)
     _called.add(name)
     _, layer, kv_cache, slots = get_attention_context(name)
+    staging = _layers.get(name)
     if slots is not None:
-        staging = _layers.get(name)
-        if staging is None or _certain_only(staging):
+        _executions["direct" if staging is None else "staged"] += 1
+    certain = staging is not None and _certain_only(staging)
+    return LayerCall(layer, kv_cache, slots, None if certain else staging, certain)
+
+
+def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
+    layer, kv_cache, slots, staging, _ = write_called(layer_name)
+    if slots is not None:
+        if staging is None:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
             with span("nwor.stage"):
                 stage(layer, key, value, kv_cache, slots, staging)
-        _executions["direct" if staging is None else "staged"] += 1
     return key.new_empty(0)
 
 

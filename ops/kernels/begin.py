@@ -1,8 +1,8 @@
 """Launcher of `begin_rows`: what a window does when it opens, in one launch a slot group.
 
-The specification is `nwor_compile.routing.begin_rows`. Every program works out the
-requests for itself (one vector load, one scan) and routes a block of tokens; the first one also
-writes what there is once.
+The specification is `nwor_compile.routing.begin_rows`. A program a request: each reads the counts
+of all of them (one vector), for where its own drafts come in order and for the error flag, and
+routes the tokens of its own span. One more fills what belongs to nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nwor_compile.ops.kernels.launch import on_device
 from nwor_compile.ops.staging import Routing
 
 _LANES = (16, 64, 256, 1024, 4096)  # one a request; few sizes, as each is compiled
-_TILE = 16384  # tokens x requests of a program
+_TOKENS = 256  # of a span, at a time
 _CERTAIN = tl.constexpr(COUNTERS["certain"])
 _BAD = tl.constexpr(BAD_COUNTS)
 _OVERFLOW = tl.constexpr(OVERFLOW)
@@ -54,17 +54,22 @@ def _begin_kernel(
     drafts_kept, error, state, counters, slots, rows, draft_ids,
     tokens, requests, max_requests, capacity, last_slot, staging_rows, max_drafts, words,
     s_drafts, s_start, s_length, s_slot, s_id, s_counter,
-    R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, LOGITS: tl.constexpr,
     TAIL_BLOCK: tl.constexpr, TAIL_ROWS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """Program i routes tokens `[i * T, (i + 1) * T)`; without FIRST it only copies their slots.
+    """Program i routes request i, the last one fills; without FIRST they only copy slots.
 
-    TAIL_BLOCK: 0, or the block size of the tail blocks, TAIL_ROWS of whose rows a request has.
+    LOGITS: `num_drafts` is the first logit of each request. TAIL_BLOCK: 0, or the block size of the
+    tail blocks, TAIL_ROWS of whose rows a request has.
     """
     r = tl.arange(0, R)
     real = r < requests
     has_slots = _any_slot(slot_mapping, s_slot, tokens, 1024)
-    count = tl.load(num_drafts + r * s_drafts, mask=real, other=0).to(tl.int32) * has_slots
+    count = tl.load(num_drafts + r * s_drafts, mask=real, other=0).to(tl.int32)
+    if LOGITS:
+        after = tl.load(num_drafts + (r + 1) * s_drafts, mask=real, other=0).to(tl.int32)
+        count = tl.where(real, after - count - 1, 0)
+    count = count * has_slots
     start = tl.load(query_start_loc + r * s_start, mask=real, other=0).to(tl.int32)
     end = tl.load(query_start_loc + (r + 1) * s_start, mask=real, other=0).to(tl.int32)
     # With no drafts a span may be empty; with drafts a certain token must precede them.
@@ -78,48 +83,51 @@ def _begin_kernel(
     overflow = (tl.sum(tl.maximum(count, 0).to(tl.int64), axis=0) > capacity).to(tl.int32)
     flagged = (bad | overflow) > 0
     drafts = tl.where(contradicted, 0, count)
-    order = tl.cumsum(drafts, axis=0) - drafts
-    tails = order
-    if TAIL_BLOCK > 0:
-        tails = r * TAIL_ROWS + place
 
-    token = tl.program_id(0) * T + tl.arange(0, T)
-    inside = token < tokens
-    passed = (real[None, :] & (end[None, :] <= token[:, None])).to(tl.int32)
-    owner = tl.minimum(tl.sum(passed, axis=1), requests - 1)
-    own = r[None, :] == owner[:, None]
-    first_draft = tl.sum(tl.where(own, (end - drafts)[None, :], 0), axis=1)
-    before = tl.sum(tl.where(own, order[None, :], 0), axis=1)
-    tail = before
-    if TAIL_BLOCK > 0:
-        tail = tl.sum(tl.where(own, tails[None, :], 0), axis=1)
-    last = tl.sum(tl.where(r == requests - 1, end, 0), axis=0)
-    is_draft = inside & (token < last) & (token >= first_draft)
-    row = tail + token - first_draft
-    index = before + token - first_draft
-    known = is_draft & (index < tl.where(flagged, 0, capacity))
-    slot = tl.load(slot_mapping + token * s_slot, mask=inside, other=-1).to(tl.int64)
-    tl.store(slots + index, slot, mask=known)
-    if FIRST:
-        code = tl.full([T], -1, tl.int32)
+    me = tl.program_id(0)
+    if me < requests:
+        mine = r == me
+        own_drafts = tl.sum(tl.where(mine, drafts, 0), axis=0)
+        opened = tl.sum(tl.where(mine, start, 0), axis=0)
+        closed = tl.sum(tl.where(mine, end, 0), axis=0)
+        before = tl.sum(tl.where(r < me, drafts, 0), axis=0)
+        own_place = tl.sum(tl.where(mine, place, 0), axis=0)
+        tail = before
         if TAIL_BLOCK > 0:
-            # Certain rows in the first draft's block: attention reads that block from the tail.
-            covered = tl.sum(tl.where(own & (drafts > 0)[None, :], place[None, :], 0), axis=1)
-            covered = tl.where(flagged, 0, covered)
-            from_here = first_draft - token
-            opened = tl.sum(tl.where(own, start[None, :], 0), axis=1)
-            mirrored = inside & (token < last) & (token >= opened)
-            code = tl.where(mirrored & (from_here > 0) & (from_here <= covered), -row - 2, code)
-            tl.store(rows + index, row, mask=known)
-        if IDS:
-            ids = tl.load(token_ids + token * s_id, mask=known, other=0).to(tl.int64)
-            tl.store(draft_ids + index, ids, mask=known)
-        goes = tl.where(flagged, staging_rows, row)
-        tl.store(row_map + token, tl.where(is_draft, goes, code), mask=inside)
-        certain = tl.sum(((slot >= 0) & (is_draft == 0)).to(tl.int64), axis=0)
-        tl.atomic_add(counters + _CERTAIN * s_counter, certain, sem="relaxed")
-
-    if tl.program_id(0) == 0:
+            tail = me * TAIL_ROWS + own_place
+        first_draft = closed - own_drafts
+        certain = tl.zeros([T], tl.int32)
+        for token_0 in range(opened, closed, T):
+            token = token_0 + tl.arange(0, T)
+            inside = (token < closed) & (token < tokens)
+            is_draft = inside & (token >= first_draft)
+            row = tail + token - first_draft
+            index = before + token - first_draft
+            known = is_draft & (index < tl.where(flagged, 0, capacity))
+            slot = tl.load(slot_mapping + token * s_slot, mask=inside, other=-1).to(tl.int64)
+            tl.store(slots + index, slot, mask=known)
+            if FIRST:
+                code = tl.full([T], -1, tl.int32)
+                if TAIL_BLOCK > 0:
+                    # Certain rows in the first draft's block: attention reads that block from the
+                    # tail.
+                    covered = tl.where(flagged | (own_drafts == 0), 0, own_place)
+                    code = tl.where(first_draft - token <= covered, -row - 2, code)
+                    tl.store(rows + index, row, mask=known)
+                if IDS:
+                    ids = tl.load(token_ids + token * s_id, mask=known, other=0).to(tl.int64)
+                    tl.store(draft_ids + index, ids, mask=known)
+                goes = tl.where(flagged, staging_rows, row)
+                tl.store(row_map + token, tl.where(is_draft, goes, code), mask=inside)
+                certain += ((slot >= 0) & (is_draft == 0)).to(tl.int32)
+        if FIRST:
+            counted = tl.sum(certain, axis=0).to(tl.int64)
+            tl.atomic_add(counters + _CERTAIN * s_counter, counted, sem="relaxed")
+            noted = tl.where(flagged, 0, own_drafts)
+            tl.store(out_drafts + me, noted)
+            tl.store(drafts_kept + me, noted)
+            tl.store(tail_start + me, tail)
+    else:
         used = tl.where(flagged, 0, tl.sum(drafts, axis=0))
         for first in range(0, last_slot + 1, 1024):
             unused = first + tl.arange(0, 1024)
@@ -133,12 +141,11 @@ def _begin_kernel(
                     tl.store(draft_ids + unused, gone, mask=past)
         if FIRST:
             tl.store(error, bad * _BAD + overflow * _OVERFLOW)
-            noted = tl.where(flagged | (real == 0), 0, drafts)
-            room = r < max_requests
-            tl.store(out_drafts + r, noted, mask=room)
-            tl.store(drafts_kept + r, noted, mask=room)
-            tl.store(tail_start + r, tl.where(real, tails, 0), mask=room)
-            for first in range(R, max_requests, R):
+            last = tl.max(tl.where(real, end, 0), axis=0)
+            for padding in range(last, tokens, 1024):
+                token = padding + tl.arange(0, 1024)
+                tl.store(row_map + token, tl.zeros([1024], tl.int32) - 1, mask=token < tokens)
+            for first in range(requests, max_requests, R):
                 nobody = first + r
                 zero = tl.zeros([R], tl.int32)
                 tl.store(out_drafts + nobody, zero, mask=nobody < max_requests)
@@ -168,15 +175,14 @@ def begin_rows(
 
     Entries of `routing.row_map` past the step's tokens must be -1 already, as a window leaves them.
     """
-    requests = num_drafts.shape[0]
+    requests = query_start_loc.shape[0] - 1
     few = (lanes for lanes in _LANES if lanes >= requests)
     lanes = next(few, triton.next_power_of_2(requests))
-    block = max(16, min(128, _TILE // lanes))
     ids = token_ids if kept.draft_ids is not None else None
     with on_device(routing.row_map):
         for index, (mapping, own) in enumerate(zip(slot_mappings, slots, strict=True)):
             tokens = mapping.shape[0]
-            _begin_kernel[(max(1, triton.cdiv(tokens, block)),)](
+            _begin_kernel[(requests + 1,)](
                 num_drafts, query_start_loc, seq_lens, mapping, ids, routing.row_map,
                 routing.num_drafts, routing.tail_start, kept.drafts, kept.error, kept.state,
                 kept.counters, own, kept.rows, kept.draft_ids,
@@ -185,7 +191,7 @@ def begin_rows(
                 num_drafts.stride(0), query_start_loc.stride(0),
                 0 if seq_lens is None else seq_lens.stride(0), mapping.stride(0),
                 0 if ids is None else ids.stride(0), kept.counters.stride(0),
-                R=lanes, T=block, FIRST=index == 0,
+                R=lanes, T=_TOKENS, FIRST=index == 0, LOGITS=num_drafts.shape[0] > requests,
                 TAIL_BLOCK=0 if tail is None else tail.block_size,
                 TAIL_ROWS=0 if tail is None else tail.rows, IDS=ids is not None,
                 num_warps=4,
