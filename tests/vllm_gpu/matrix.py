@@ -24,7 +24,7 @@ from typing import Any
 
 import matrix_engine
 from first_light import this_machine
-from matrix_cases import CASES, CONTROL, KINDS, Case
+from matrix_cases import CASES, CONTROLS, KINDS, Case
 from matrix_report import differs, row, shortened, table
 
 START = 80  # seconds that a new engine must at least have left
@@ -104,10 +104,10 @@ class Matrix:
             return
         found = self.engines[case.name]
         unlike = "results" in found.get("stock", {}) and differs(case, found)
-        if self.controls and unlike and CONTROL not in found:
-            self._pending[case.name] = 1
-            self._tasks.appendleft((case, CONTROL))
-            # A row already, in case that the control does not get its time.
+        if self.controls and unlike and not set(CONTROLS) & set(found):
+            self._pending[case.name] = len(CONTROLS)
+            self._tasks.extendleft((case, control) for control in reversed(CONTROLS))
+            # A row already, in case that the controls do not get their time.
         self.rows[case.name] = row(case, found)
         print(f"  {case.name}: {self.rows[case.name]['state']}", *self.rows[case.name]["problems"])
         self.finished(self.all_rows())

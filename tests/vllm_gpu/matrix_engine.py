@@ -103,7 +103,7 @@ def work(case: Case, kind: str, ask: Any) -> dict[str, dict[str, Any]]:
 
     audited: greedy, every step looked at. greedy: the same prompts, found in the prefix cache; with
     log probabilities. sampled: at temperature 0.8. follow: earlier prompts with part of what was
-    generated, so that blocks are found that were speculated into; audited too.
+    generated, so that blocks are found that were speculated into; audited, with log probabilities.
 
     Poison is not audited: the audit's noise would be taken for a row that touched it.
     """
@@ -117,7 +117,7 @@ def work(case: Case, kind: str, ask: Any) -> dict[str, dict[str, Any]]:
         prompt + ids[: TOKENS // 2]
         for prompt, ids in zip(prompts, results["greedy"]["ids"], strict=True)
     ]
-    results["follow"] = ask(prompts=longer, max_tokens=tokens, audit=audit, seed=2)
+    results["follow"] = ask(prompts=longer, max_tokens=tokens, audit=audit, seed=2, logprobs=True)
     return results
 
 
