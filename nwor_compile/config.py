@@ -28,6 +28,8 @@ class NworConfig(BaseModel):
     attention: which kernel verifies in vLLM on a GPU. `stock` is vLLM's own, which reads staged
         rows by a redirected block table and gives what it gives on direct writes, bit for bit;
         `fused` this package's; `auto` the fused one for the few shapes where it is faster.
+    rope: in vLLM on a GPU, `fused` lets a staged write rotate q and k as well, in one launch, where
+        that gives the same bits; `separate` leaves the rotation to the compiled code before it.
     poison: fill open draft slots of the cache until commit: `nan`, or `large` (a large finite
         value) for kernels that multiply masked values.
     """
@@ -39,6 +41,7 @@ class NworConfig(BaseModel):
     strict: bool = False
     debug: bool = False
     attention: Literal["auto", "stock", "fused"] = "auto"
+    rope: Literal["fused", "separate"] = "separate"
     poison: Literal["off", "nan", "large"] = "off"
 
     @classmethod
@@ -73,4 +76,4 @@ class NworConfig(BaseModel):
 
     def compile_key(self) -> dict[str, Any]:
         """The settings that change the compiled graph; the others never cause a recompile."""
-        return {"mode": self.mode, "strict": self.strict}
+        return {"mode": self.mode, "strict": self.strict, "rope": self.rope}

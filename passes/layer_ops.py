@@ -24,13 +24,16 @@ from __future__ import annotations
 
 import operator
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from nwor_compile.passes.calls import arguments, callee, is_functionalized
 from nwor_compile.passes.report import Decision, Report, VisibilityError, keep
+from nwor_compile.passes.rope_layers import LayerRope, find_layer_rope, fuse_layer
 from nwor_compile.passes.table import op_name, resolve
+from nwor_compile.passes.touches import Touches
 
 DEPENDENCY = "kv_cache_dummy_dep"
 """The attention op's argument that orders it after the write."""
@@ -44,20 +47,23 @@ class LayerOps:
     staged_write: str = "nwor::vllm_stage"
     attention: str = "vllm::unified_attention_with_output"
     staged_attention: str = "nwor::vllm_verify"
+    rope_write: str = "nwor::vllm_rope_stage"
 
 
 def rewrite_layers(
-    graph: Graph, ops: LayerOps, *, strict: bool = False, name: str = "graph"
+    graph: Graph, ops: LayerOps, *, strict: bool = False, rope: bool = False, name: str = "graph"
 ) -> Report:
     """Redirect the layer ops of `graph`; return what was done. Running it again changes nothing.
 
-    With `strict`, a write that must stay direct raises VisibilityError before any change.
+    With `strict`, a write that must stay direct raises VisibilityError before any change. With
+    `rope`, a staged write does the rotation before it as well, where it can (`rope_layers.py`).
     """
     start = time.perf_counter()
     writes = [node for node in graph.nodes if op_name(callee(node)) == ops.write]
     readers = [node for node in graph.nodes if op_name(callee(node)) == ops.attention]
     foreign = [d for d in (_foreign(reader, ops) for reader in readers) if d is not None]
     report = Report(name, [_decide(write, ops) for write in writes] + foreign)
+    ropes = _ropes(graph, writes, ops) if rope and not report.refused else {}
     if strict and report.refused:
         raise VisibilityError(
             "strict mode, and these cache writes cannot be staged:\n"
@@ -72,8 +78,15 @@ def rewrite_layers(
             for d in report.decisions
         ]
     else:
-        for node in writes:
-            _swap(graph, node, ops.staged_write)
+        for index, node in enumerate(writes):
+            found = ropes.get(node, "")
+            if isinstance(found, str):
+                _swap(graph, node, ops.staged_write)
+            else:
+                fuse_layer(graph, node, _readers(node, ops), found, _twin(ops.rope_write))
+            decision = report.decisions[index]
+            why = found if isinstance(found, str) else ""
+            report.decisions[index] = replace(decision, fused=node in ropes and not why, rope=why)
         for node in readers:
             _swap(graph, node, ops.staged_attention)
         graph.lint()
@@ -83,7 +96,7 @@ def rewrite_layers(
 
 
 def _decide(write: Node, ops: LayerOps) -> Decision:
-    readers = [user for user in write.users if op_name(callee(user)) == ops.attention]
+    readers = _readers(write, ops)
     others = [user for user in write.users if user not in readers]
     reason = ""
     if others:
@@ -91,6 +104,16 @@ def _decide(write: Node, ops: LayerOps) -> Decision:
     elif not readers:
         reason = "no attention op of this graph depends on it"
     return Decision(write.name, ops.write, tuple(reader.name for reader in readers), reason)
+
+
+def _readers(write: Node, ops: LayerOps) -> list[Node]:
+    return [user for user in write.users if op_name(callee(user)) == ops.attention]
+
+
+def _ropes(graph: Graph, writes: list[Node], ops: LayerOps) -> dict[Node, LayerRope | str]:
+    """For each write its rotation, or why that stays apart."""
+    touches = Touches(graph, writes)
+    return {write: find_layer_rope(write, _readers(write, ops), touches) for write in writes}
 
 
 def _foreign(reader: Node, ops: LayerOps) -> Decision | None:
@@ -111,11 +134,7 @@ def _foreign(reader: Node, ops: LayerOps) -> Decision | None:
 
 
 def _swap(graph: Graph, node: Node, staged: str) -> None:
-    twin_op = resolve(staged)
-    if twin_op is None:
-        raise RuntimeError(
-            f"{staged} is not registered: import nwor_compile.vllm_adapter.ops first"
-        )
+    twin_op = _twin(staged)
     with graph.inserting_before(node):
         if is_functionalized(node):
             args = (twin_op, *node.args[1:])
@@ -125,3 +144,10 @@ def _swap(graph: Graph, node: Node, staged: str) -> None:
     twin.meta.update(node.meta)
     node.replace_all_uses_with(twin)
     graph.erase_node(node)
+
+
+def _twin(name: str) -> OpOverload:
+    op = resolve(name)
+    if op is None:
+        raise RuntimeError(f"{name} is not registered: import nwor_compile.vllm_adapter.ops first")
+    return op

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from nwor_compile.ops.rope import rotate_exactly
@@ -33,7 +33,7 @@ _REARRANGING = frozenset(
         *("_unsafe_view", "expand", "expand_as", "repeat_interleave", "repeat"),
     )
 )
-_CASTS = frozenset(
+CASTS = frozenset(
     (
         *("to", "float", "half", "bfloat16", "type_as", "type", "_to_copy"),
         "convert_element_type",
@@ -66,13 +66,13 @@ def find_rotation(result: Node, touches: Touches) -> Rotation | str:
     value = value_of(result)
     if not isinstance(value, Tensor) or value.dim() != 3:
         return "it is no tensor [tokens, heads, head_size]"
-    region = _Region(result, touches)
+    region = Region(result, touches)
     if not region.products:
         return "nothing rotates it in this graph"
-    tokens = _Numbers(value.shape[0])
+    tokens = Numbers(value.shape[0])
     try:
         elements = math.prod(tokens(size) for size in value.shape)
-    except _UnknownError:
+    except UnknownError:
         return "sizes other than its number of tokens are symbolic"
     if elements > _MAX_ELEMENTS:
         return "its number of tokens is fixed and too large to check the rotation"
@@ -113,14 +113,14 @@ def _same_tree(one: Any, other: Any) -> bool:
 
 def _may_change(node: Node) -> bool:
     """True for calls that need not give the same twice, or are not known not to."""
-    return _name(node) not in (
-        _ARITHMETIC | _REARRANGING | _CASTS | {"index_select", "index", "getitem", "embedding"}
+    return name_of(node) not in (
+        _ARITHMETIC | _REARRANGING | CASTS | {"index_select", "index", "getitem", "embedding"}
         | {"view", "unsqueeze", "squeeze", "chunk", "split", "select", "slice", "cos", "sin"}
-        | {"split_with_sizes", "unflatten", "permute", "transpose"}
+        | {"split_with_sizes", "unflatten", "permute", "transpose", "size"}
     )  # fmt: skip
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
     """What a node calls, without namespace or overload; empty for anything but torch's own."""
     op = overload_of(node.target)
     if op is not None:
@@ -136,11 +136,11 @@ def _name(node: Node) -> str:
     return name if ours or node.target is getattr(torch, name, None) else ""
 
 
-class _Region:
+class Region:
     """The nodes behind `result` that only calculate, rearrange, view or cast, in graph order."""
 
     def __init__(self, result: Node, touches: Touches) -> None:
-        self.result, self._aliases = result, touches.aliases
+        self.result, self.aliases = result, touches.aliases
         self.inner: set[Node] = set()
         self.leaves: set[Node] = set()
         pending = [result]
@@ -156,7 +156,7 @@ class _Region:
         order = {node: index for index, node in enumerate(result.graph.nodes)}
         self.nodes = sorted(self.inner | self.leaves, key=order.__getitem__)
         self.products = [
-            n for n in self.nodes if n in self.inner and _name(n) in ("mul", "multiply")
+            n for n in self.nodes if n in self.inner and name_of(n) in ("mul", "multiply")
         ]
 
     def candidates(self) -> list[Node]:
@@ -174,10 +174,10 @@ class _Region:
         return [node for node in self.nodes if node in found and node is not x]
 
     def _transparent(self, node: Node) -> bool:
-        name = _name(node)
+        name = name_of(node)
         if name in _ARITHMETIC:
             return _is_tensor(node) and "out" not in node.kwargs
-        return name in _REARRANGING or name in _CASTS or self._aliases.is_view(node)
+        return name in _REARRANGING or name in CASTS or self.aliases.is_view(node)
 
 
 def _is_tensor(node: Node) -> bool:
@@ -195,7 +195,7 @@ def _alike(node: Node, want: object) -> bool:
     )
 
 
-def _try(region: _Region, x: Node, tokens: _Numbers) -> Rotation | str:
+def _try(region: Region, x: Node, tokens: Numbers) -> Rotation | str:
     """The rotation of `x`; else why not, or nothing if x is just not what is rotated."""
     after = region.after(x)
     inside = {x, *after}
@@ -209,7 +209,7 @@ def _try(region: _Region, x: Node, tokens: _Numbers) -> Rotation | str:
         return ""
     # One generator: tables of equal shape must not get equal numbers.
     generator = torch.Generator().manual_seed(0)
-    numbers = [_random(value_of(node), tokens, generator) for node in (x, *tables)]
+    numbers = [random_like(value_of(node), tokens, generator) for node in (x, *tables)]
     if any(number is None for number in numbers):
         return ""
     known = dict(zip((x, *tables), numbers, strict=True))
@@ -218,10 +218,10 @@ def _try(region: _Region, x: Node, tokens: _Numbers) -> Rotation | str:
             twin = next((t for t in tables if same_value(other, t)), None)
             if twin is not None:
                 known[other] = known[twin]
-    got = _run(region.result, known, tokens)
+    got = run_nodes(region.result, known, tokens)
     if got is None:
         return ""
-    wide = [_rows(known[table], known[x].shape[0]) for table in tables]
+    wide = [rows_of(known[table], known[x].shape[0]) for table in tables]
     if wide[0] is None or wide[1] is None or wide[0].shape != wide[1].shape:
         return ""
     found = _compare(got, known[x], wide)
@@ -232,7 +232,7 @@ def _try(region: _Region, x: Node, tokens: _Numbers) -> Rotation | str:
     if rounded:
         return rounded
     cos, sin = tables[first], tables[1 - first]
-    arithmetic = frozenset(node for node in after if not region._aliases.is_view(node))
+    arithmetic = frozenset(node for node in after if not region.aliases.is_view(node))
     return Rotation(region.result, x, cos, sin, rotary_dim, is_neox, arithmetic)
 
 
@@ -256,7 +256,7 @@ def _rounds_between(after: Iterable[Node]) -> str:
     rounded: dict[Node, Node] = {}
     for node in after:
         inputs = node.all_input_nodes
-        name = _name(node)
+        name = name_of(node)
         if name in ("add", "sub", "mul", "multiply", "subtract"):
             culprit = next((rounded[n] for n in inputs if n in rounded), None)
             if culprit is not None:
@@ -268,29 +268,29 @@ def _rounds_between(after: Iterable[Node]) -> str:
         source = next((rounded[n] for n in inputs if n in rounded), None)
         if source is not None:
             rounded[node] = source
-        elif name in _CASTS and node in calculated and _narrows(node):
+        elif name in CASTS and node in calculated and narrows(node):
             rounded[node] = node
     return ""
 
 
-def _narrows(node: Node) -> bool:
+def narrows(node: Node) -> bool:
     before, now = (value_of(n) for n in (node.all_input_nodes[0], node))
     if not isinstance(before, Tensor) or not isinstance(now, Tensor):
         return True
     return torch.finfo(now.dtype).eps > torch.finfo(before.dtype).eps
 
 
-def _rows(table: Any, tokens: int) -> Tensor | None:
+def rows_of(table: Any, tokens: int) -> Tensor | None:
     """A table as `[T, width]`; None if it has not one row a token for all heads."""
     if table.dim() == 3 and table.shape[1] == 1:
         table = table.squeeze(1)
     return table if table.dim() == 2 and table.shape[0] == tokens else None
 
 
-class _Numbers:
+class Numbers:
     """Sizes as plain numbers; a number of tokens that is symbolic becomes small.
 
-    A size with other symbols in it raises _UnknownError: only the tokens may be symbolic.
+    A size with other symbols in it raises UnknownError: only the tokens may be symbolic.
     """
 
     def __init__(self, tokens: int | SymInt) -> None:
@@ -302,21 +302,21 @@ class _Numbers:
             return int(size)
         expr = size.node.expr.subs(self._values)
         if expr.free_symbols:
-            raise _UnknownError
+            raise UnknownError
         return int(expr)
 
 
-def _random(value: object, tokens: Callable[[Any], int], generator: torch.Generator) -> Any:
+def random_like(value: object, tokens: Callable[[Any], int], generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         return None
     try:
         shape = [tokens(size) for size in value.shape]
-    except _UnknownError:
+    except UnknownError:
         return None
     return torch.randint(-_RANGE, _RANGE, shape, generator=generator).double()
 
 
-def _run(result: Node, known: dict[Node, Any], tokens: _Numbers) -> Tensor | None:
+def run_nodes(result: Node, known: dict[Node, Any], tokens: Numbers) -> Tensor | None:
     """The region on numbers; None if it needs anything that is not known."""
     values: dict[Node, Any] = dict(known)
 
@@ -326,29 +326,64 @@ def _run(result: Node, known: dict[Node, Any], tokens: _Numbers) -> Tensor | Non
         plain = value_of(node)
         if isinstance(plain, int | SymInt):
             found: Any = tokens(plain)
-        elif node.op not in ("call_function", "call_method") or not _name(node):
-            raise _UnknownError
-        elif _name(node) in _CASTS:
+        elif node.op not in ("call_function", "call_method") or not name_of(node):
+            raise UnknownError
+        elif name_of(node) in CASTS:
             found = value(node.all_input_nodes[0])
-        elif not (_name(node) in _ARITHMETIC | _REARRANGING or _reinterprets(node)):
-            raise _UnknownError
+        elif not (name_of(node) in _ARITHMETIC | _REARRANGING or _reinterprets(node)):
+            raise UnknownError
         else:
             args, kwargs = _map((node.args, node.kwargs), value)
-            if node.op == "call_method":
-                found = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                found = node.target(*args, **kwargs)  # type: ignore[operator]
+            found = _called(node, args, kwargs)
         values[node] = found
         return found
 
     try:
         found = value(result)
-    except (_UnknownError, RuntimeError, TypeError, ValueError, IndexError):
+    except (UnknownError, RuntimeError, TypeError, ValueError, IndexError):
         return None  # sizes that only fit the traced number of tokens, say: not matched
     return found if isinstance(found, Tensor) else None
 
 
-class _UnknownError(Exception):
+def call_on(node: Node, known: dict[Node, Any], tokens: Numbers) -> Tensor | None:
+    """One call on numbers, its sizes apart all of them known; None if it cannot be made."""
+
+    def value(source: Node) -> Any:
+        if source in known:
+            return known[source]
+        plain = value_of(source)
+        if isinstance(plain, int | SymInt):
+            return tokens(plain)
+        raise UnknownError
+
+    try:
+        args, kwargs = _map((node.args, node.kwargs), value)
+        found = _called(node, args, kwargs)
+    except (UnknownError, RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def _called(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def erase_unused(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erase those of `nodes` that nothing uses, and what only they used; calculations alone."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        known = node.op in ("call_function", "call_method") and not _may_change(node)
+        if node.users or not known or node.is_impure() or node.graph is not graph:
+            continue
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        pending += sources
+
+
+class UnknownError(Exception):
     """The region needs a value that is no part of it."""
 
 
@@ -365,7 +400,7 @@ def _map(tree: Any, value: Callable[[Node], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: _map(item, value) for key, item in tree.items()}
     if isinstance(tree, SymInt):
-        raise _UnknownError
+        raise UnknownError
     return tree
 
 

@@ -89,7 +89,7 @@ def find_rope(write: Write, touches: Touches) -> Rope | str:
 
 def _rotary_call(key: Node, write: Write, touches: Touches) -> Node | None:
     """The last rotary op before the write that made the key, if any."""
-    version = new_version(_chain(key, touches)[0])
+    version = new_version(views_to(key, touches)[0])
     if version is not None:
         return version[0] if op_name(callee(version[0])) in ROTARY_OPS else None
     memory, node = touches.aliases.memory(key), write.node.prev
@@ -115,7 +115,7 @@ def _judge_op(call: Node, key: Node, value: Node, write: Write, touches: Touches
     if _meet(one, two, touches) or _meet(one, taken, touches) or _meet(two, taken, touches):
         return f"query, key and value of {call.name} and the write may overlap"
     if is_functionalized(call):
-        chain = _chain(key, touches)
+        chain = views_to(key, touches)
         version = new_version(chain[0])
         if version is None or version[0] is not call:
             return f"{call.name} rotates another key than is written"
@@ -177,7 +177,7 @@ def _meet(one: View, other: View, touches: Touches) -> bool:
     return not apart
 
 
-def _chain(node: Node, touches: Touches) -> list[Node]:
+def views_to(node: Node, touches: Touches) -> list[Node]:
     """The views that lead to `node`, which comes last; first what they are views of."""
     found = [node]
     while new_version(node) is None and touches.aliases.is_view(node):
@@ -199,8 +199,8 @@ def _place_op(call: Node, value: Node, write: Write, touches: Touches) -> Rotary
     given = arguments(call)
     inputs = [given["positions"], given["cos_sin_cache"]]
     memory = [v for n in inputs if isinstance(n, Node) for v in touches.aliases.memory(n)]
-    between = _between(call, write.node)
-    problem = _changed(between, memory, touches)
+    between = between_nodes(call, write.node)
+    problem = changed(between, memory, touches)
     if problem:
         return problem
     if is_functionalized(call):
@@ -210,7 +210,7 @@ def _place_op(call: Node, value: Node, write: Write, touches: Touches) -> Rotary
         problem = _circular(set(moved), [n for n in inputs if isinstance(n, Node)], write, value)
         if problem:
             return problem
-        chain = _chain(value, touches)
+        chain = views_to(value, touches)
         version = new_version(chain[0])
         if version is None or version[0] is not call:
             return RotaryOp(call, moved)
@@ -231,12 +231,12 @@ def _place_op(call: Node, value: Node, write: Write, touches: Touches) -> Rotary
 
 
 def _judge_torch(key: Node, value: Node, write: Write, touches: Touches) -> TorchRope | str:
-    k = find_rotation(_result(key, touches), touches)
+    k = find_rotation(result_of(key, touches), touches)
     if isinstance(k, str):
         return k
-    if _eager_rounding():
+    if rounds_eagerly():
         return "Inductor was told to round as eager code does, which RoPE in one step does not"
-    queries = {_result(_query(node, write), touches) for node, _ in write.readers}
+    queries = {result_of(_query(node, write), touches) for node, _ in write.readers}
     if len(queries) != 1:
         return "its readers take different queries"
     q = find_rotation(queries.pop(), touches)
@@ -245,7 +245,7 @@ def _judge_torch(key: Node, value: Node, write: Write, touches: Touches) -> Torc
     same = (q.rotary_dim, q.is_neox) == (k.rotary_dim, k.is_neox)
     if not same or not same_value(q.cos, k.cos) or not same_value(q.sin, k.sin):
         return "query and key are rotated in different ways"
-    if not _covers(view_of(key), value_of(k.result)):
+    if not covers(view_of(key), value_of(k.result)):
         return "the key that is written is not just the rotated one"
     for rotation in (q, k):
         result = value_of(rotation.result)
@@ -261,23 +261,23 @@ def _query(reader: Node, write: Write) -> Node:
     return query
 
 
-def _result(node: Node, touches: Touches) -> Node:
+def result_of(node: Node, touches: Touches) -> Node:
     """The first node of the shape of `node` that it is a view of, itself if there is none."""
     want = value_of(node)
-    for found in _chain(node, touches):
+    for found in views_to(node, touches):
         value = value_of(found)
         if isinstance(value, Tensor) and isinstance(want, Tensor) and value.shape == want.shape:
             return found
     return node
 
 
-def _eager_rounding() -> bool:
+def rounds_eagerly() -> bool:
     """True if Inductor rounds between pointwise operations; it is not imported for that."""
     config = sys.modules.get("torch._inductor.config")
     return bool(getattr(config, "emulate_precision_casts", False))
 
 
-def _covers(key: View | None, result: object) -> bool:
+def covers(key: View | None, result: object) -> bool:
     """True if the key of the write is all of a rotation's result, in its order."""
     if key is None or key.size is None or not isinstance(result, Tensor):
         return False
@@ -311,7 +311,7 @@ def _place_torch(q: Rotation, k: Rotation, write: Write, touches: Touches) -> To
     steps = sorted(q.arithmetic | k.arithmetic | {write.node}, key=order.__getitem__)
     inputs = (q.x, k.x, k.cos, k.sin)
     memory = [view for node in inputs for view in touches.aliases.memory(node)]
-    problem = _changed(_between(steps[0], steps[-1]), memory, touches)
+    problem = changed(between_nodes(steps[0], steps[-1]), memory, touches)
     if problem:
         return problem
     moved = _to_move([q.result, k.result], write, touches)
@@ -324,7 +324,7 @@ def _place_torch(q: Rotation, k: Rotation, write: Write, touches: Touches) -> To
 # ---- places ------------------------------------------------------------------------------------
 
 
-def _between(first: Node, last: Node) -> list[Node]:
+def between_nodes(first: Node, last: Node) -> list[Node]:
     found, node = [], first.next
     while node is not last:
         found.append(node)
@@ -332,7 +332,7 @@ def _between(first: Node, last: Node) -> list[Node]:
     return found
 
 
-def _changed(between: Iterable[Node], memory: list[View], touches: Touches) -> str:
+def changed(between: Iterable[Node], memory: list[View], touches: Touches) -> str:
     for node in between:
         if touches.aliases.meet(touches.written(node), memory):
             return f"{node.name} changes what the rotation reads"

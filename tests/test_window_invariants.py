@@ -571,7 +571,7 @@ def test_invariant_9_everything_that_changes_the_graph_is_in_the_key_and_nothing
     base = NworConfig()
     changes: dict[str, Any] = {
         "mode": "off", "strict": True, "scv": "off", "debug": True, "poison": "nan",
-        "attention": "stock",
+        "attention": "stock", "rope": "fused",
     }  # fmt: skip
     assert set(changes) == set(NworConfig.model_fields)
     changed = {
@@ -579,7 +579,7 @@ def test_invariant_9_everything_that_changes_the_graph_is_in_the_key_and_nothing
         for name, value in changes.items()
         if NworConfig(**{name: value}).compile_key() != base.compile_key()
     }
-    assert changed == {"mode", "strict"}
+    assert changed == {"mode", "strict", "rope"}
 
 
 # 10: counters ------------------------------------------------------------------------------------

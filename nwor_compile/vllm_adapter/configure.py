@@ -8,7 +8,7 @@ from typing import Any
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.passes.layer_ops import LayerOps
-from nwor_compile.vllm_adapter.cuda_configure import NWOR_CUDA_WORKER, cut_at_twins
+from nwor_compile.vllm_adapter.cuda_configure import NWOR_CUDA_WORKER, cut_at_twins, fuses_rope
 from nwor_compile.vllm_adapter.graph_pass import VllmNworPass
 from nwor_compile.vllm_adapter.refusals import backend_refusals, refusals
 from nwor_compile.vllm_adapter.settings import FIELD, PASS_SLOT, requested, take_name_out
@@ -40,7 +40,10 @@ def configure(config: Any) -> list[str]:
     _enter_cache_key(config, settings)
     if settings.mode == "stage":
         options = config.compilation_config.inductor_compile_config
-        options[PASS_SLOT] = VllmNworPass(LayerOps(), strict=settings.strict)
+        # Elsewhere the pass runs on graphs that are functionalized.
+        on_cuda = config.device_config.device_type == "cuda"
+        rope = on_cuda and fuses_rope(config.compilation_config, settings.rope)
+        options[PASS_SLOT] = VllmNworPass(LayerOps(), strict=settings.strict, rope=rope)
     if config.device_config.device_type == "cuda":
         if settings.mode == "stage":
             cut_at_twins(config.compilation_config)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from nwor_compile.vllm_adapter.stored_rows import FP8, PLAIN
 from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
 
+log = logging.getLogger("nwor_compile")
+
 CUDA_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 NWOR_CUDA_WORKER = "nwor_compile.vllm_adapter.cuda_worker.NworGPUWorker"
 STAGE_OP, VERIFY_OP = "nwor::vllm_stage", "nwor::vllm_verify"
+ROPE_STAGE_OP = "nwor::vllm_rope_stage"
 METHODS = ("eagle", "eagle3", "draft_model", "ngram", "mtp")
 # Backends of vLLM's whose cache is packed as `packed_cache.py` says and whose metadata has a block
 # table, so that they read tail blocks.
@@ -63,6 +67,22 @@ def cut_at_twins(compilation: Any) -> None:
     Where Inductor cuts it instead (`use_inductor_graph_partition`), the staged write is compiled
     and captured with the piece before the attention, and no cut is wanted there.
     """
-    twins = [VERIFY_OP] if compilation.use_inductor_graph_partition else [STAGE_OP, VERIFY_OP]
+    twins = [VERIFY_OP]
+    if not compilation.use_inductor_graph_partition:
+        twins = [STAGE_OP, ROPE_STAGE_OP, VERIFY_OP]
     present = compilation.splitting_ops or []
     compilation.splitting_ops = [*present, *(op for op in twins if op not in present)]
+
+
+def fuses_rope(compilation: Any, rope: str) -> bool:
+    """Whether the pass fuses RoPE with the staged write, given the setting of this name.
+
+    Where Inductor cuts the graph, an op that rotates in place would be functionalized, with copies
+    of q and k; there the rotation stays apart.
+    """
+    if rope != "fused":
+        return False
+    if compilation.use_inductor_graph_partition:
+        log.info("NWOR: RoPE stays apart from the staged write: use_inductor_graph_partition")
+        return False
+    return True

@@ -80,15 +80,23 @@ def test_drafters_layers_are_known_on_both_runners() -> None:
 def test_the_graph_is_cut_at_the_twins_as_at_vllms_own_ops(by_inductor: bool) -> None:
     from vllm.config import CompilationConfig
 
-    from nwor_compile.vllm_adapter.cuda_configure import STAGE_OP, VERIFY_OP, cut_at_twins
+    from nwor_compile.vllm_adapter.cuda_configure import (
+        ROPE_STAGE_OP,
+        STAGE_OP,
+        VERIFY_OP,
+        cut_at_twins,
+        fuses_rope,
+    )
 
     compilation = CompilationConfig(use_inductor_graph_partition=by_inductor)
     compilation.splitting_ops = ["vllm::unified_attention_with_output"]
     cut_at_twins(compilation)
     cut_at_twins(compilation)
-    twins = [VERIFY_OP] if by_inductor else [STAGE_OP, VERIFY_OP]
+    twins = [VERIFY_OP] if by_inductor else [STAGE_OP, ROPE_STAGE_OP, VERIFY_OP]
     assert compilation.splitting_ops == ["vllm::unified_attention_with_output", *twins]
     assert compilation.use_inductor_graph_partition == by_inductor
+    assert fuses_rope(compilation, "fused") is not by_inductor
+    assert not fuses_rope(compilation, "separate")
 
 
 def test_the_pass_runs_before_the_cut_and_not_after_it_was_forgotten() -> None:
