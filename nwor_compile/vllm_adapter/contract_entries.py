@@ -70,7 +70,7 @@ CONFIGURATION: tuple[Entry, ...] = (
     Names(
         COMPILATION, "PassConfig",
         (
-            "fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache", "fuse_rope_kvcache_cat_mla",
+            "fuse_rope_kvcache", "fuse_qk_norm_rope_kvcache",
             "fuse_attn_quant",
         ),
     ),

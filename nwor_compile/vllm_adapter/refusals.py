@@ -23,7 +23,6 @@ READS_TARGET_CACHE = ("gemma4_mtp",)
 SWALLOWS_THE_OP = (
     "fuse_rope_kvcache",
     "fuse_qk_norm_rope_kvcache",
-    "fuse_rope_kvcache_cat_mla",
     "fuse_attn_quant",
 )
 

@@ -21,7 +21,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context
 
 from nwor_compile.config import NworConfig
-from nwor_compile.errors import ConfigError
+from nwor_compile.errors import ConfigError, WindowInputError
 from nwor_compile.tail_blocks import TailBlocks
 from nwor_compile.vllm_adapter import ops, patches
 from nwor_compile.vllm_adapter.packed_cache import is_packed, split_cache
@@ -149,18 +149,22 @@ class RunnerHooks:
             return
         scheduler = self.config.scheduler_config
         requests, drafts = self.sizes
-        self.window = Window(
-            layers,
-            max_requests=requests,
-            max_drafts=drafts,
-            max_tokens=scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
-            config=self.settings,
-            kv_cache_dtype=_stored_dtype(self.config.cache_config.cache_dtype),
-            groups=groups,
-            by_name=True,
-            share_error=_sharing(self.config.parallel_config.tensor_parallel_size),
-            tail_blocks=self._tail_blocks(kv_cache_config),
-        )
+        try:
+            self.window = Window(
+                layers,
+                max_requests=requests,
+                max_drafts=drafts,
+                max_tokens=scheduler.max_num_batched_tokens + scheduler.max_num_seqs,
+                config=self.settings,
+                kv_cache_dtype=_stored_dtype(self.config.cache_config.cache_dtype),
+                groups=groups,
+                by_name=True,
+                share_error=_sharing(self.config.parallel_config.tensor_parallel_size),
+                tail_blocks=self._tail_blocks(kv_cache_config),
+            )
+        except WindowInputError as error:  # a layout, or block sizes, that only the caches show
+            self._refuse(str(error))
+            return
         window = self.window
         ops.set_layers(window.layers, lambda: window.state is not State.OPEN)
 

@@ -247,6 +247,18 @@ def test_a_layer_that_refuses_is_refused() -> None:
         make(DeviceRunnerHooks, backend="FLEX_ATTENTION")
 
 
+def test_a_layout_without_tail_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
+
+    def heads_first(context: dict[str, Any], kv_cache_config: Any) -> None:
+        for made in context.values():
+            made.kv_cache = torch.zeros(20, HEADS, BLOCK, 2 * SIZE)
+
+    monkeypatch.setattr(sys.modules[__name__], "allocate", heads_first)
+    with pytest.raises(ConfigError, match="NHD"):
+        make(DeviceRunnerHooks)
+
+
 class OldRunner:
     """What of a V1 runner on a GPU the hooks touch; one request of 1 + 2 drafts at slots 3 to 5."""
 

@@ -253,10 +253,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"compilation_config__pass_config__fuse_qk_norm_rope_kvcache": True},
         "fuse_qk_norm_rope_kvcache",
     ),
-    "fused MLA write": (
-        {"compilation_config__pass_config__fuse_rope_kvcache_cat_mla": True},
-        "fuse_rope_kvcache_cat_mla",
-    ),
     "fused quantised output": (
         {"compilation_config__pass_config__fuse_attn_quant": True},
         "fuse_attn_quant",
