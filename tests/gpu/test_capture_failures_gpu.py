@@ -48,16 +48,16 @@ def test_a_capture_that_fails_costs_one_line_a_count_and_nothing_else(
     failure: str, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nwor_compile")
-    validate = scv.validate
+    settle = scv._settle
 
     def failing(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
             FAILURES[failure](tensors)
-        return validate(tensors, *args, **kwargs)
+        return settle(tensors, *args, **kwargs)
 
     with rig(geometries=(GEOMETRY,), scv=mode) as r:
         with monkeypatch.context() as patch:
-            patch.setattr(scv, "validate", failing)
+            patch.setattr(scv, "_settle", failing)
             r.window.warm_up([6])
         assert r.window.validator.graphs == {}
         assert len([w for w in warnings_of(caplog) if "capture failed" in w]) == 1

@@ -239,7 +239,7 @@ def test_launches_of_a_layer_and_of_a_step(model: Model, window: Window) -> None
     # Pointwise kernels of Inductor: the residual of a layer, and the tables once.
     assert number(forward, "^triton_") <= LAYERS + 2
     assert number(commit, "^_commit_kernel") == 1
-    assert number(commit, "^_accept_kernel") == 1
+    assert number(commit, "^_judge_kernel") == 1
 
 
 # ---- no waiting, and nothing staged by accident ------------------------------------------------
