@@ -98,7 +98,14 @@ def test_points_cover_what_is_promised() -> None:
 
 
 def test_a_ragged_point_has_contexts_a_hundred_times_apart() -> None:
-    assert Point(4, 8000, ragged=True).lengths == [8000, 80, 8000, 80]
+    assert Point(4, 8000, ragged=True).lengths == [8000, 80 - 7, 8000 - 14, 80 - 5]
+
+
+def test_requests_of_a_point_end_at_every_row_of_a_block() -> None:
+    lengths = Point(16, 512).lengths
+    assert {n % 16 for n in lengths} == set(range(16))
+    assert (min(lengths), max(lengths)) == (512 - 15, 512)
+    assert Point(2, 3, span=5).lengths == [6, 6]
 
 
 @pytest.mark.parametrize(

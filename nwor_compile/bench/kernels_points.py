@@ -40,9 +40,12 @@ class Point:
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of each request."""
+        """Rows of each request. They end at different rows of a block, as requests do: how many
+        rows a tail block shares with the cache depends on it."""
         short = max(self.context // 100, self.span + 1)
-        return [short if self.ragged and r % 2 else self.context for r in range(self.batch)]
+        whole = [short if self.ragged and r % 2 else self.context for r in range(self.batch)]
+        ends = (7 * r % BLOCK_SIZE for r in range(self.batch))
+        return [max(self.span + 1, n - end) for n, end in zip(whole, ends, strict=True)]
 
     @property
     def row_bytes(self) -> int:
