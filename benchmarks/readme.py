@@ -10,13 +10,16 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from nwor_compile.bench import kernels_attention as attention
+from nwor_compile.bench import kernels_rope as rope
+from nwor_compile.bench import kernels_writes as writes
 from nwor_compile.bench.engine_result import METRICS, EngineResult, Summary
 from nwor_compile.demo.result import DemoResult
 from nwor_compile.demo.screen import Screen
@@ -93,75 +96,172 @@ _WRITES = (
     "32 x vLLM's reshape_and_cache_flash", "32 x reshape_and_cache", "32 x stage_kv",
     "commit_kv, 30% accepted", "commit_kv, 100% accepted",
 )  # fmt: skip
-_ATTENTION = ("FA3", "verify", "FA3 path", "staged path")
+_TAIL_WRITES = (writes.OPEN, writes.STAGE, writes.COMMIT, writes.STEP)
+_ROPE = (rope.ALONE, rope.VLLM, rope.FUSED, rope.FUSED_TAIL)
+_ATTENTION = (
+    attention.FA3, attention.FA3_TAIL, attention.FUSED_TAIL, attention.FUSED_APART,
+    attention.DIRECT_PATH,
+)  # fmt: skip
+# The staged path by the kernel that `auto` takes; records of before tail blocks have one alone.
+_PATHS = {"FA3": attention.PATH_FA3, "fused": attention.PATH_FUSED, "": "staged path"}
 
 
 def _gpu_table() -> str:
     path = newest("kernels-gpu")
     record = json.loads(path.read_text())
     machine = record["machine"]
-    lines = [
+    head = (
         f"On a GPU ({record['device']}, torch {machine['torch']}, Triton {record['triton']}, vLLM "
         f"{record['vllm']}, {machine['date']}; `{record['command']}`, `{path.relative_to(ROOT)}`), "
         "medians in µs over CUDA-graph replays that walk up to 32 layer caches, every competitor "
-        "in one process; the record has spreads, floors and all points. Writes, a step of 32 "
-        "layers:",
-        "",
-        f"| rows | {' | '.join(_WRITES)} |",
-        "|---" * (len(_WRITES) + 1) + "|",
-    ]
-    lines += [
-        f"| {row['rows']} | " + " | ".join(_median(row["runs"].get(n)) for n in _WRITES) + " |"
-        for row in record["writes"]
-    ]
-    lines += [
-        "",
-        "Attention, a layer. FA3 is vLLM's FlashAttention 3 at its best split count; a path is "
-        "attention with all KV writing (FA3: direct write; staged: stage, and a layer's part of "
-        "the commit). A ratio below 1 means that the staged path is slower:",
-        "",
-        f"| batch × context | floor | {' | '.join(_ATTENTION)} | ratio of paths |",
-        "|---" * (len(_ATTENTION) + 3) + "|",
-    ]
-    first = record["attention"][0]["group"]
-    for row in record["attention"]:
-        if row["group"] != first:
-            continue
-        times = " | ".join(_median(row["runs"].get(name)) for name in _ATTENTION)
-        note = ", aliased" if row["aliased"] else ""
-        lines.append(f"| {row['case']}{note} | {row['floor_us']:.1f} | {times} | {_ratio(row)} |")
-    lines += ["", "The other points, by their ratio of paths:", ""]
-    lines += ["| points | lowest | highest |", "|---|---|---|", *_other_groups(record, first)]
-    lines += ["", "SCV and commit over 32 layers, device time and host time of the call:", ""]
-    device, host = list(record["scv"][0]["device"]), list(record["scv"][0]["host"])
-    names = [*device, *(f"host: {name}" for name in host)]
-    lines += [f"| requests | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for row in record["scv"]:
-        cells = [row["device"][n] for n in device] + [row["host"][n] for n in host]
-        lines.append(f"| {row['requests']} | " + " | ".join(map(_median, cells)) + " |")
-    return "\n".join([*lines, "", _gpu_tests()])
+        "in one process; the record has spreads, floors and all points."
+    )
+    tables = (_attention_table, _writes_table, _rope_table, _scv_table, _moves_table)
+    parts = [part for part in (table(record) for table in tables) if part]
+    return "\n\n".join([head, *parts, _gpu_tests()])
 
 
-def _ratio(row: dict[str, Any]) -> str:
-    return "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table without the columns that nothing was measured for."""
+    cells = list(rows)
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    lines = [[columns[i] for i in kept], ["---"] * len(kept)]
+    lines += [[row[i] for i in kept] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _other_groups(record: dict[str, Any], first: str) -> list[str]:
-    """A line a group of points: the lowest ratio and the highest, and where they are."""
+_RATIOS = ("ratio", "ratio_in_rope")
+_ABOUT_TAIL = (
+    "Attention, a layer. FA3 is vLLM's FlashAttention 3 at its best split count, over the written "
+    "cache or, with the same bits, over prefix and tail blocks; fused is this package's kernel "
+    "over the same blocks, verify the same with drafts in memory apart. A path is attention with "
+    "all KV writing (FA3 path: direct write; staged path: open, stage and commit too, with the "
+    "kernel that `auto` takes). Ratios are FA3 path over staged path, with a stage launch of its "
+    "own and with staging in RoPE's kernel (what that path takes beyond RoPE alone); below 1 the "
+    "staged path is slower:"
+)
+_ABOUT_APART = (
+    "Attention, a layer. **This record is older than staging in tail blocks**, which is what vLLM "
+    "runs with: its staged path is this package's kernel with drafts in memory apart, with a stage "
+    "launch of its own. FA3 is vLLM's FlashAttention 3 at its best split count; a path is "
+    "attention with all KV writing. A ratio below 1 means that the staged path is slower:"
+)
+
+
+def _attention_table(record: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in record["attention"]:
-        if row["group"] != first and row["ratio"] is not None:
-            groups.setdefault(row["group"], []).append(row)
-    lines = []
-    for group, rows in groups.items():
-        rows.sort(key=lambda row: row["ratio"])
-        ends = (f"{_ratio(row)} ({row['case']})" for row in (rows[0], rows[-1]))
-        lines.append(f"| {group} ({len(rows)}) | {' | '.join(ends)} |")
-    return lines
+        groups.setdefault(row["group"], []).append(row)
+    first, *others = groups
+    rows = []
+    for row in groups[first]:
+        note = ", aliased" if row["aliased"] else ""
+        took = [_median(row["runs"].get(name)) for name in _ATTENTION]
+        chosen = row.get("chosen", "")
+        path = _median(row["runs"].get(_PATHS[chosen]))
+        ratios = [_ratio(row.get(name)) for name in _RATIOS]
+        rows.append([row["case"] + note, f"{row['floor_us']:.1f}", *took, chosen, path, *ratios])
+    columns = ("batch × context", "floor", *_ATTENTION, "`auto`", "staged path", "ratio", "in RoPE")
+    tail = any(row.get("chosen") for row in record["attention"])
+    about = _ABOUT_TAIL if tail else _ABOUT_APART
+    ends = ("points", "lowest ratio", "highest ratio", "lowest in RoPE", "highest in RoPE")
+    summary = _table(ends, filter(None, (_ends(name, groups[name]) for name in others)))
+    return f"{about}\n\n{_table(columns, rows)}\n\nThe other points:\n\n{summary}"
 
 
-def _median(spread: dict[str, Any] | None) -> str:
-    return "" if spread is None else f"{spread['median']:.1f}"
+def _ends(group: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A line of a group of points: the lowest ratios and the highest, and where they are."""
+    cells = []
+    for name in _RATIOS:
+        known = [row for row in rows if row.get(name) is not None]
+        known.sort(key=lambda row: float(row[name]))
+        ends = (known[0], known[-1]) if known else ()
+        cells += [f"{_ratio(row[name])} ({row['case']})" for row in ends] or ["", ""]
+    counted = sum(row.get("ratio") is not None for row in rows)
+    return [f"{group} ({counted})", *cells] if counted else []
+
+
+def _writes_table(record: dict[str, Any]) -> str:
+    ratio = "vLLM's writes over step"
+    rows = (
+        [
+            str(row["rows"]),
+            *(_median(row["runs"].get(name)) for name in (*_WRITES, *_TAIL_WRITES)),
+            _ratio(row["ratios"].get("step")),
+        ]
+        for row in record["writes"]
+    )
+    about = "Writes, a step of 32 layers, by token rows."
+    if any(writes.STEP in row["runs"] for row in record["writes"]):
+        about += (
+            " The columns of tail blocks have spans of one certain row and four drafts, and commit "
+            "about 30 %:"
+        )
+    return f"{about}\n\n{_table(('rows', *_WRITES, *_TAIL_WRITES, ratio), rows)}"
+
+
+def _rope_table(record: dict[str, Any]) -> str:
+    if not record.get("rope"):
+        return ""
+    rows = (
+        [
+            str(row["rows"]), *(_median(row["runs"].get(name), 2) for name in _ROPE),
+            _ratio(row["ratio"]), _ratio(row["tail_ratio"]),
+        ]
+        for row in record["rope"]
+    )  # fmt: skip
+    columns = ("rows", *_ROPE, "ratio", "ratio, tail blocks")
+    bytes_ratio = record["rope"][0]["bytes_ratio"]
+    about = (
+        "RoPE with staging in its kernel, a layer; ratios are to RoPE alone, and staging (in "
+        f"memory apart) moves {bytes_ratio:.2f} times its bytes:"
+    )
+    return f"{about}\n\n{_table(columns, rows)}"
+
+
+def _scv_table(record: dict[str, Any]) -> str:
+    device, host = list(record["scv"][0]["device"]), list(record["scv"][0]["host"])
+    rows = (
+        [
+            str(row["requests"]), *(_median(row["device"][n]) for n in device),
+            *(_median(row["host"][n]) for n in host),
+        ]
+        for row in record["scv"]
+    )  # fmt: skip
+    columns = ("requests", *device, *(f"host: {name}" for name in host))
+    about = "SCV and commit over 32 layers, device time and host time of the call:"
+    return f"{about}\n\n{_table(columns, rows)}"
+
+
+def _moves_table(record: dict[str, Any]) -> str:
+    if not record.get("moves"):
+        return ""
+    rows = (
+        [
+            f"{row['drafts']}, {row['accepted']:.0%}", f"{row['direct']:.1f}",
+            f"{row['staged']:.1f}", f"{row['parts']['copied in']:.1f}", f"{row['in_rope']:.1f}",
+            f"{row['cache_rows_direct']:.1f}", f"{row['cache_rows_staged']:.1f}",
+        ]
+        for row in record["moves"]
+    )  # fmt: skip
+    columns = (
+        "drafts, accepted", "direct", "staged", "of which copied into the tail block",
+        "staged in RoPE", "direct, to the cache", "staged, to the cache",
+    )  # fmt: skip
+    about = (
+        "Rows of K/V read and written with tail blocks, a request, step and layer, counted (on "
+        "average over where in its block the first draft lies). Staging moves more than direct "
+        "writes, not less; fewer rows reach the engine's blocks:"
+    )
+    return f"{about}\n\n{_table(columns, rows)}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _median(spread: dict[str, Any] | None, digits: int = 1) -> str:
+    return "" if spread is None else f"{spread['median']:.{digits}f}"
 
 
 def _gpu_tests() -> str:

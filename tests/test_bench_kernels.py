@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from nwor_compile.bench.kernels_rope import RopeRow
 from nwor_compile.bench.record import Spread, this_machine
 from nwor_compile.cli import app
 
+ROOT = Path(__file__).resolve().parent.parent
 SPREAD = Spread.of([10.0, 12.0, 20.0])
 OURS = (
     names.FUSED_APART, names.STAGE_APART, names.FUSED_TAIL, names.STAGE_TAIL, names.ROPE,
@@ -62,11 +65,11 @@ def record() -> KernelsRecord:
 
 def row(
     record: KernelsRecord, point: Point, took: dict[str, float], *, chosen: str = "fused",
-    aliased: bool = False,
+    aliased: bool = False, group: str = "spans",
 ) -> AttentionRow:  # fmt: skip
     runs = {name: Spread.of([value]) for name, value in took.items()}
     measured = names.Measured(2, aliased, 1000, runs, {}, None, None, chosen, {})
-    return attention_row("spans", point, measured, record)
+    return attention_row(group, point, measured, record)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it measures")
@@ -190,6 +193,28 @@ def test_a_choice_that_loses_is_printed() -> None:
     console = Console(record=True, width=200)
     show(found, console)
     assert "loses: 16 x 512 (FA3) 33.3%" in console.export_text()
+
+
+def test_the_readme_quotes_the_path_that_auto_takes_and_leaves_out_what_was_not_measured() -> None:
+    took = dict.fromkeys([*OURS, names.FA3, names.FA3_TAIL, names.DIRECT_PATH], 2.0)
+    took |= {names.PATH_FA3: 5.0, names.DIRECT_ROPE: 9.0, names.ROPE_FA3: 6.0}
+    found = record()
+    found = found.model_copy(
+        update={
+            "attention": [
+                row(found, Point(16, 512), took, chosen="FA3", group="first"),
+                row(found, Point(16, 512, span=17), took, chosen="FA3", group="spans"),
+            ]
+        }
+    )
+    readme = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    text = readme["_attention_table"](json.loads(found.model_dump_json()))
+    lines = text.splitlines()
+    assert "| `auto` | staged path | ratio | in RoPE |" in text
+    assert any(line.endswith("| FA3 | 5.0 | 0.40 | 0.50 |") for line in lines)
+    assert "| spans (1) | 0.40 (16 x 512, span 17) |" in text
+    assert "older than staging" not in text
+    assert "vLLM's RoPE" not in readme["_rope_table"](json.loads(found.model_dump_json()))
 
 
 def test_moves_of_a_step_are_those_of_its_rows() -> None:
