@@ -219,6 +219,8 @@ def _order_problem(rope: LayerRope, write: Node, touches: Touches) -> str:
 
 
 def _is_stored(node: Node) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
     op = overload_of(node.target) if node.op == "call_function" else None
     if op is not None and op.namespace not in _COMPILED:
         return True

@@ -21,6 +21,9 @@ _pass: VllmNworPass | None = None
 
 def use(found: VllmNworPass) -> None:
     """From now on, run `found` on every graph that vLLM compiles in this process."""
+    # A graph that comes out of vLLM's cache names the twins before any pass runs.
+    from nwor_compile.vllm_adapter import rope_ops  # noqa: F401
+
     global _pass
     _pass = found
     patches.wrap(backends, "backends.split_graph", _split)
