@@ -200,7 +200,7 @@ def test_pieces_between_compiled_apart_give_the_bits_of_stock_pieces(
     theirs = ["vllm::unified_kv_cache_update", "vllm::unified_attention_with_output"]
     cut_at = [*theirs, STAGE_OP, ROPE_STAGE_OP, VERIFY_OP]
     rng = torch.Generator().manual_seed(1)
-    weights = tuple(torch.randn(sum(WIDTHS), HIDDEN, generator=rng).bfloat16() for _ in range(2))
+    first, second = torch.randn(2, sum(WIDTHS), HIDDEN, generator=rng).bfloat16()
     x = torch.randn(TOKENS, HIDDEN, generator=rng).bfloat16()
     given = step()
     shape: list[list[list[str]]] = []
@@ -222,7 +222,7 @@ def test_pieces_between_compiled_apart_give_the_bits_of_stock_pieces(
         layer.kv_cache.zero_()
         with torch.inference_mode():
             compiled = torch.compile(model, backend=cut, fullgraph=True)
-            out: Tensor = compiled(x, weights, given["positions"], given["cos_sin_cache"])
+            out: Tensor = compiled(x, (first, second), given["positions"], given["cos_sin_cache"])
         return out
 
     original = backends.split_graph
