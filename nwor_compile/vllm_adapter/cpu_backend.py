@@ -18,9 +18,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from nwor_compile.ops import paged_attention, reshape_and_cache, verify_attention
-from nwor_compile.ops.staging import LayerStaging
+from nwor_compile.ops import paged_attention, reshape_and_cache
 from nwor_compile.vllm_adapter.packed_cache import split_cache
 from nwor_compile.vllm_adapter.staged_write import stored
 
@@ -77,8 +77,6 @@ class NworCPUMetadataBuilder(AttentionMetadataBuilder[NworCPUMetadata]):
 class NworCPUImpl(CPUAttentionBackendImpl):
     """Reference attention; with staging, each request's tail is read from it."""
 
-    reads_staging = True
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.alibi_slopes is not None or self.sinks is not None:
@@ -102,7 +100,6 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
-        staging: LayerStaging | None = None,
     ) -> Tensor:
         """query `[tokens, heads, D]` to output `[tokens, heads, D]`; see `paged_attention`."""
         if attn_metadata is None:  # warm-up
@@ -115,17 +112,9 @@ class NworCPUImpl(CPUAttentionBackendImpl):
         starts = attn_metadata.query_start_loc
         window = 0 if self.sliding_window == -1 else self.sliding_window
         options = (self.scale, window, float(self.logits_soft_cap), *stored(layer))
-        q = query[:tokens]
-        if staging is None:
-            out = paged_attention(
-                q, key_cache, value_cache, block_table, seq_lens, starts, *options
-            )
-        else:
-            routing = staging.routing
-            out = verify_attention(
-                q, key_cache, value_cache, staging.key, staging.value, block_table, seq_lens,
-                starts, routing.num_drafts, routing.tail_start, *options,
-            )  # fmt: skip
+        out = paged_attention(
+            query[:tokens], key_cache, value_cache, block_table, seq_lens, starts, *options
+        )
         output[:tokens].copy_(out)
         return output
 
@@ -138,7 +127,12 @@ class NworCPUImpl(CPUAttentionBackendImpl):
 
 
 class NworCPUBackend(CPUAttentionBackend):
-    """CPU_ATTN's contract with the implementation above."""
+    """CPU_ATTN's contract with the implementation above, and rows one after the other in memory."""
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Each row of a block with all its heads, so that tail blocks are rows of one stride."""
+        return (KVCacheLayout.LBNHC,)
 
     @classmethod
     def supports_non_causal(cls) -> bool:

@@ -18,7 +18,7 @@ ROPE_STAGE_OP = "nwor::vllm_rope_stage"
 METHODS = ("eagle", "eagle3", "draft_model", "ngram", "mtp")
 # Backends of vLLM's whose cache is packed as `packed_cache.py` says and whose metadata has a block
 # table, so that they read tail blocks.
-BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 
 
 def cuda_refusals(config: Any, version: str, attention: str) -> list[str]:

@@ -11,7 +11,7 @@ from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter import graph_split
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
-from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks, DeviceV1Hooks
+from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
 from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
 from nwor_compile.vllm_adapter.runner import RunnerHooks
 from nwor_compile.vllm_adapter.settings import PASS_SLOT, requested
@@ -31,7 +31,7 @@ class NworGPUWorker(PublishesMetrics, Worker):
         super().init_device()
         self._settings = settings = requested(self.vllm_config.additional_config)
         if settings is not None and settings.mode == "stage":
-            hooks = DeviceRunnerHooks if self.use_v2_model_runner else DeviceV1Hooks
+            hooks = DeviceRunnerHooks if self.use_v2_model_runner else RunnerHooks
             self.nwor = hooks(self.model_runner, self.vllm_config, settings)
             options = self.vllm_config.compilation_config.inductor_compile_config
             graph_split.use(options[PASS_SLOT])

@@ -1,4 +1,4 @@
-"""Hooks on model runners of a GPU; of the V2 runner, whose counts live on the device:
+"""Hooks on one V2 model runner, whose counts live on the device.
 
 Methods of the runner instance that are wrapped, with what each is needed for:
 
@@ -18,77 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 
-from nwor_compile.tail_blocks import TailBlocks
 from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.runner import RunnerHooks
-from nwor_compile.vllm_adapter.spare_blocks import enlarged
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
 
 
-class TailBlockHooks(RunnerHooks):
-    """`RunnerHooks` of a runner whose caches are allocated with tail blocks."""
-
-    _first: list[int]
-
-    def _allocate(self, kv_cache_config: Any) -> Any:
-        config, self._first = enlarged(kv_cache_config, *self.sizes)
-        return config
-
-    def _tail_blocks(self, kv_cache_config: Any) -> TailBlocks:
-        # Kernels may see a block of the scheduler's as several smaller ones.
-        sizes = self._kernel_block_sizes()
-        first, columns = {}, 0
-        for index, group in enumerate(kv_cache_config.kv_cache_groups):
-            ratio = group.kv_cache_spec.block_size // sizes[index]
-            first[str(index)] = self._first[index] * ratio
-            columns = max(columns, self._columns(index))
-        return TailBlocks(first=first, columns=columns)
-
-    def _kernel_block_sizes(self) -> list[int]:
-        raise NotImplementedError
-
-    def _columns(self, group: int) -> int:
-        """Width of the block table of one KV-cache group."""
-        raise NotImplementedError
-
-
-class DeviceV1Hooks(TailBlockHooks):
-    """`RunnerHooks` for vLLM's V1 model runner on a GPU."""
-
-    def _kernel_block_sizes(self) -> list[int]:
-        return list(self.runner._kernel_block_sizes)
-
-    def _columns(self, group: int) -> int:
-        return int(self.runner.input_batch.block_table[group].get_device_tensor(1).shape[1])
-
-    def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        window = self.window
-        if window is not None and self._metadata is None and window.state is State.IDLE:
-            tables = self._block_tables(window)
-            if tables:
-                window.pass_through(tables)
-        return super()._model_forward(original, *args, **kwargs)
-
-    def _tables(self, window: Window, requests: int) -> dict[str, Any]:
-        metadata = get_forward_context().attn_metadata[window.layer_names[0]]
-        return {
-            "block_table": self._block_tables(window),
-            "seq_lens": metadata.seq_lens[:requests],
-        }
-
-    def _block_tables(self, window: Window) -> dict[str, Tensor]:
-        """The step's tables by slot group; empty in a step without attention."""
-        metadata = get_forward_context().attn_metadata
-        if not isinstance(metadata, dict):
-            return {}
-        return {b.group: metadata[b.names[0]].block_table for b in window.tensors.batches}
-
-
-class DeviceRunnerHooks(TailBlockHooks):
+class DeviceRunnerHooks(RunnerHooks):
     """`RunnerHooks` for vLLM's V2 model runner."""
 
     HOOKED = ("initialize_kv_cache", "prepare_attn", "execute_model", "sample")

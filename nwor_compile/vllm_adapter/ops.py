@@ -121,14 +121,11 @@ def _verify(
     metadata, layer, kv_cache, _ = get_attention_context(name)
     shared = getattr(layer, "kv_sharing_target_layer_name", None)
     staging = _layers.get(shared or name)
-    options = {}
     if staging is not None:
         metadata = _redirected(metadata, staging)
-        if getattr(layer.impl, "reads_staging", False):
-            options["staging"] = staging
     layer.impl.forward(
         layer, query, key, value, kv_cache, metadata, output=output, output_scale=output_scale,
-        output_block_scale=output_block_scale, **options,
+        output_block_scale=output_block_scale,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class Redirected:
         # The address of a freed object may be another's: compare the object itself.
         if original is not metadata:
             changed = copy.copy(metadata)
-            changed.block_table = table[: metadata.block_table.shape[0]]
+            rows, columns = metadata.block_table.shape
+            changed.block_table = table[:rows, :columns]
             self._made[id(table)] = (metadata, changed)
         return changed
 

@@ -67,14 +67,13 @@ def layer_refusal(name: str, layer: Any) -> str:
             f"layer {name}: its model writes the cache in a fused op (kv_cache_update_bypass); "
             "unset the nwor flag for this model"
         )
-    if not getattr(impl, "reads_staging", False):
-        named = getattr(getattr(layer, "attn_backend", None), "get_name", None)
-        known = type(impl).__name__ if named is None else named()
-        if known not in BACKENDS:
-            return (
-                f"layer {name}: attention backend {known} was never seen to read staged rows; use "
-                f"{' or '.join(BACKENDS)}, or unset the nwor flag for this model"
-            )
+    named = getattr(getattr(layer, "attn_backend", None), "get_name", None)
+    known = type(impl).__name__ if named is None else named()
+    if known not in BACKENDS:
+        return (
+            f"layer {name}: attention backend {known} was never seen to read staged rows; use "
+            f"{' or '.join(BACKENDS)}, or unset the nwor flag for this model"
+        )
     stored = getattr(impl, "kv_cache_dtype", "auto")
     if stored not in (*PLAIN, *FP8):
         return (

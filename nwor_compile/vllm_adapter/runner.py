@@ -26,6 +26,7 @@ from nwor_compile.tail_blocks import TailBlocks
 from nwor_compile.vllm_adapter import ops, patches
 from nwor_compile.vllm_adapter.packed_cache import is_packed, split_cache
 from nwor_compile.vllm_adapter.refusals import layer_refusal
+from nwor_compile.vllm_adapter.spare_blocks import enlarged
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
@@ -46,6 +47,7 @@ class RunnerHooks:
         self.runner, self.config, self.settings = runner, config, settings
         self.window: Window | None = None
         self._target: set[str] | None = None
+        self._first: list[int] = []
         self._metadata: Any = None
         ops.take_called()  # those of an earlier engine of this process
         self._attach()
@@ -131,13 +133,27 @@ class RunnerHooks:
         return result
 
     def _allocate(self, kv_cache_config: Any) -> Any:
-        """What the runner is to allocate."""
-        return kv_cache_config
+        """What the runner is to allocate: caches with tail blocks at their ends."""
+        config, self._first = enlarged(kv_cache_config, *self.sizes)
+        return config
 
-    def _tail_blocks(self, kv_cache_config: Any) -> TailBlocks | None:
-        """Where staging lies in the caches, once they exist; None: in memory of its own."""
-        del kv_cache_config
-        return None
+    def _tail_blocks(self, kv_cache_config: Any) -> TailBlocks:
+        """Where staging lies in the caches."""
+        sizes = self._kernel_block_sizes()
+        first, columns = {}, 0
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            # Kernels may see a block of the scheduler's as several smaller ones.
+            ratio = group.kv_cache_spec.block_size // sizes[index]
+            first[str(index)] = self._first[index] * ratio
+            columns = max(columns, self._columns(index))
+        return TailBlocks(first=first, columns=columns)
+
+    def _kernel_block_sizes(self) -> list[int]:
+        return list(self.runner._kernel_block_sizes)
+
+    def _columns(self, group: int) -> int:
+        """Width of the block table of one KV-cache group."""
+        return int(self.runner.input_batch.block_table[group].get_device_tensor(1).shape[1])
 
     def _open(self, kv_cache_config: Any) -> None:
         if self.window is not None:
@@ -199,13 +215,19 @@ class RunnerHooks:
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         metadata, self._metadata = self._metadata, None
-        if metadata is None or self.window is None:
+        window = self.window
+        if window is None:
             return original(*args, **kwargs)
-        self._begin(self.window, metadata)
+        if metadata is None:
+            tables = _block_tables(window)
+            if tables and window.state is State.IDLE:
+                window.pass_through(tables)
+            return original(*args, **kwargs)
+        self._begin(window, metadata)
         try:
             return original(*args, **kwargs)
         except BaseException:
-            self.window.abort()
+            window.abort()
             raise
 
     def _begin(self, window: Window, metadata: Any) -> None:
@@ -219,12 +241,9 @@ class RunnerHooks:
         mapping = get_forward_context().slot_mapping
         slots = {batch.group: mapping[batch.names[0]] for batch in window.tensors.batches}
         starts = self.runner.query_start_loc.gpu[: requests + 1]
-        window.begin(counts, starts, slots, **self._tables(window, requests))
-
-    def _tables(self, window: Window, requests: int) -> dict[str, Any]:
-        """What `Window.begin` needs of a step if staging lies in tail blocks."""
-        del window, requests
-        return {}
+        lengths = get_forward_context().attn_metadata[window.layer_names[0]].seq_lens
+        tables = _block_tables(window)
+        window.begin(counts, starts, slots, block_table=tables, seq_lens=lengths[:requests])
 
     def _sample(self, original: Callable[..., Any], logits: Any, spec_decode_metadata: Any) -> Any:
         window = self.window
@@ -245,6 +264,14 @@ class RunnerHooks:
         column = torch.arange(sampled.shape[1], device=sampled.device)
         output.sampled_token_ids = torch.where(column > done.accepted[:, None], -1, sampled)
         return output
+
+
+def _block_tables(window: Window) -> dict[str, Tensor]:
+    """The step's tables by slot group; empty in a step without attention."""
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict):
+        return {}
+    return {b.group: metadata[b.names[0]].block_table for b in window.tensors.batches}
 
 
 def _sharing(ranks: int) -> Callable[[Tensor], None] | None:

@@ -40,7 +40,23 @@ def enlarged(kv_cache_config: Any, max_requests: int, max_drafts: int) -> tuple[
     for group in config.kv_cache_groups:
         first.append(config.num_blocks + spare)
         spare += _pages(group.kv_cache_spec, max_requests, max_drafts)
+    blocks = config.num_blocks
     for tensor in config.kv_cache_tensors:
-        page = tensor.size // config.num_blocks
-        tensor.size += spare * page
+        _enlarge(tensor, blocks, blocks + spare)
+    if hasattr(config.kv_cache_tensors[0], "layer_stride"):
+        # Later versions make as many blocks as this says; 0.26 as many as the tensors hold.
+        config.num_blocks = blocks + spare
     return config, first
+
+
+def _enlarge(tensor: Any, blocks: int, wanted: int) -> None:
+    """Make room for `wanted` blocks where there is room for `blocks`.
+
+    0.26 has a tensor a layer. Later versions place several layers in one allocation, either layer
+    after layer, or all layers of a block together; in the first case what is behind a layer moves.
+    """
+    tensor.size = tensor.size // blocks * wanted
+    layer_stride = getattr(tensor, "layer_stride", 0)
+    if layer_stride > getattr(tensor, "block_stride", 0):
+        tensor.layer_stride = layer_stride // blocks * wanted
+        tensor.offset = tensor.offset // blocks * wanted

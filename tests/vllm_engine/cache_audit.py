@@ -45,6 +45,11 @@ class Audit:
         ]
         self.groups = sorted(set(self.group_of))
         specs = [groups[index].kv_cache_spec for index in self.group_of]
+        known = runner.vllm_config.cache_config.num_gpu_blocks
+        self.blocks = [
+            known * (spec.block_size // tensor.shape[2])
+            for spec, tensor in zip(specs, self.tensors, strict=True)
+        ]
         self.windows = [getattr(spec, "sliding_window", None) for spec in specs]
         memory = [tensor.data_ptr() for tensor in self.tensors]
         self.sharing = [
@@ -81,11 +86,12 @@ class Audit:
         return float((self._numbers(one) - self._numbers(two)).abs().max())
 
     def caches(self) -> list[Tensor]:
-        """`[slots, row]` for each layer, a copy as raw bits (NaN compares equal to itself)."""
+        """`[slots, row]` for each layer, a copy as raw bits (NaN compares equal to itself). Blocks
+        that the scheduler does not know, where NWOR stages, are left out."""
         bits = BITS[self.tensors[0].element_size()]
         return [
-            cache.view(bits).permute(0, 2, 1, 3).flatten(0, 1).flatten(1).clone()
-            for cache in self.tensors
+            cache[:blocks].view(bits).permute(0, 2, 1, 3).flatten(0, 1).flatten(1).clone()
+            for cache, blocks in zip(self.tensors, self.blocks, strict=True)
         ]
 
     def _noise(self, cache: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -46,20 +46,30 @@ class Faults:
     def phase_naive(self) -> dict[str, Any]:
         """Staged, but attention reads the cache alone: what everybody tries first."""
         window = self.hooks.window
-        begin, commit, routing = window.begin, window.commit, window.tensors.routing
-        kept = routing.num_drafts.clone()
+        begin = window.begin
 
-        def blind(*args: Any) -> None:
-            begin(*args)
-            kept.copy_(routing.num_drafts)
-            routing.num_drafts.zero_()
+        def blind(*args: Any, **kwargs: Any) -> None:
+            begin(*args, **kwargs)
+            window.redirection.pass_through(kwargs["block_table"])
 
-        def seeing(*args: Any) -> Any:
-            routing.num_drafts.copy_(kept)
-            return commit(*args)
-
-        with self.replaced(window, "begin", blind), self.replaced(window, "commit", seeing):
+        with self.replaced(window, "begin", blind):
             return self.generate()
+
+    @contextlib.contextmanager
+    def _staged_by(self, layer: Any, instead: Any) -> Iterator[None]:
+        """`instead(stage, ...)` does the staged writes of `layer`."""
+        from nwor_compile.vllm_adapter import ops
+
+        stage = ops.stage
+
+        def chosen(which: Any, *args: Any) -> None:
+            if which is layer:
+                instead(stage, which, *args)
+            else:
+                stage(which, *args)
+
+        with self.replaced(ops, "stage", chosen):
+            yield
 
     @contextlib.contextmanager
     def _poisoned(self) -> Iterator[None]:
@@ -76,13 +86,12 @@ class Faults:
     def _early_write(self) -> Iterator[None]:
         """The target's second layer writes its draft rows at once, besides staging them."""
         layer = self.context[self.hooks.window.layer_names[1]]
-        stage = layer.impl.stage_kv
 
-        def early(layer: Any, key: Any, value: Any, cache: Any, slots: Any, staging: Any) -> None:
-            layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
-            stage(layer, key, value, cache, slots, staging)
+        def early(stage: Any, layer: Any, *args: Any) -> None:
+            layer.impl.do_kv_cache_update(layer, *args[:4])  # key, value, cache, slots
+            stage(layer, *args)
 
-        with self.replaced(layer.impl, "stage_kv", early):
+        with self._staged_by(layer, early):
             yield
 
     def phase_early_write(self) -> dict[str, Any]:
@@ -101,12 +110,13 @@ class Faults:
         cache = self.context[self.hooks.window.layer_names[0]].kv_cache
         batches = self.hooks.window.tensors.batches
         table = runner.input_batch.block_table[0].block_table
+        known = runner.vllm_config.cache_config.num_gpu_blocks
 
         def tampering(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
             calls[0] += 1
             if calls[0] % 3 == 0:
-                cache[-1, :, 7] += 1.0
+                cache[known - 1, :, 7] += 1.0  # the last that the scheduler knows
                 cache[int(table.gpu[0, 0]), :, 2] += 1.0
             return result
 
@@ -147,11 +157,14 @@ class Faults:
         """One layer of four loses its drafts: nothing may be committed in any."""
         layer = self.context[self.hooks.window.layer_names[2]]
 
-        def lossy(layer: Any, key: Any, value: Any, cache: Any, slots: Any, staging: Any) -> None:
-            certain = staging.routing.row_map[: slots.shape[0]] < 0
-            layer.impl.do_kv_cache_update(layer, key, value, cache, slots.where(certain, -1))
+        def lossy(stage: Any, layer: Any, *args: Any) -> None:
+            stage(layer, *args)
+            staging = args[-1]
+            rows = staging.routing.row_map
+            staging.key[rows[rows >= 0].long()] = torch.nan
+            staging.state.zero_()
 
-        with self.replaced(layer.impl, "stage_kv", lossy), self.audited() as audit:
+        with self._staged_by(layer, lossy), self.audited() as audit:
             return {**self.generate(), "audit": audit}
 
     def phase_aborts(self) -> dict[str, Any]:

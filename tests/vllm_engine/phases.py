@@ -180,17 +180,28 @@ class Phases(Faults, Ranks):
     def phase_structured(self) -> dict[str, Any]:
         return self.generate(structured_outputs=StructuredOutputsParams(regex=REGEX))
 
+    @contextlib.contextmanager
+    def _no_window(self) -> Iterator[None]:
+        """Steps with drafts open no window: they write as steps without drafts do."""
+        from nwor_compile.vllm_adapter.runner import _block_tables
+
+        def idle(window: Any, metadata: Any) -> None:
+            window.pass_through(_block_tables(window))
+
+        with self.replaced(self.hooks, "_begin", idle):
+            yield
+
     def phase_direct(self) -> dict[str, Any]:
         """The rewritten graph without a window: every row is certain."""
-        with self.replaced(self.hooks, "window", None):
+        with self._no_window():
             return self.phase_greedy()
 
     def phase_direct_temperature(self) -> dict[str, Any]:
-        with self.replaced(self.hooks, "window", None):
+        with self._no_window():
             return self.phase_temperature()
 
     def phase_direct_structured(self) -> dict[str, Any]:
-        with self.replaced(self.hooks, "window", None):
+        with self._no_window():
             return self.phase_structured()
 
     def phase_scv_off(self) -> dict[str, Any]:

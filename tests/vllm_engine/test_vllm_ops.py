@@ -20,8 +20,8 @@ NAME = "model.layers.0.self_attn.attn"
 class Impl:
     """An attention implementation that says what was called."""
 
-    def __init__(self, calls: list[Any], reads_staging: bool = True) -> None:
-        self.calls, self.reads_staging = calls, reads_staging
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
 
     def forward(self, *args: Any, output: Tensor, **options: Any) -> None:
         self.calls.append(("forward", sorted(k for k, v in options.items() if v is not None)))
@@ -111,7 +111,7 @@ def test_only_layers_of_a_window_stage(calls: list[Any], staged: bool) -> None:
         ops.set_layers({})
     assert calls == [
         "staged" if staged else "direct",
-        ("forward", ["staging"] if staged else []),
+        ("forward", []),
     ]
     counted = ops.executions()
     assert counted["staged"] - before["staged"] == staged
@@ -128,7 +128,6 @@ def test_stock_attention_gets_the_windows_table_and_an_idle_window_the_engines_w
 
     context = get_forward_context()
     impl = context.no_compile_layers[NAME].impl
-    impl.reads_staging = False
     table, redirected = torch.zeros(2, 3), torch.ones(4, 3)
     metadata = SimpleNamespace(block_table=table, seq_lens="lengths")
     context.attn_metadata[NAME] = metadata

@@ -27,16 +27,10 @@ def _close() -> Iterator[None]:
         _open_hooks.pop().close()
 
 
-class Staged:
-    """An attention implementation that reads staged rows."""
-
-    reads_staging = True
-
-
-def layer(shared: str | None = None, impl: Any = None) -> Any:
+def layer(shared: str | None = None, backend: str = "CPU_ATTN") -> Any:
     return SimpleNamespace(
-        impl=impl or Staged(),
-        kv_cache=torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE),
+        impl=SimpleNamespace(),
+        attn_backend=SimpleNamespace(get_name=lambda: backend),
         kv_sharing_target_layer_name=shared,
     )
 
@@ -49,10 +43,18 @@ class Runner:
         if drafter is not None:
             self.drafter = drafter
         self.query_start_loc = SimpleNamespace(gpu=torch.tensor([0, 3, 5]))
+        self._kernel_block_sizes = [BLOCK]
+        table = SimpleNamespace(get_device_tensor=lambda rows: torch.zeros(rows, 3))
+        self.input_batch = SimpleNamespace(block_table=[table])
         self.fail = ""
         self.sampled = torch.tensor([[7, 8, 9], [5, -1, -1]])
 
-    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False) -> None: ...
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False) -> None:
+        """As vLLM does: caches as large as their tensors, a row with all its heads together."""
+        (tensor,) = kv_cache_config.kv_cache_tensors
+        blocks = tensor.size // (BLOCK * HEADS * 2 * SIZE)
+        for made in self.config.compilation_config.static_forward_context.values():
+            made.kv_cache = torch.zeros(blocks, BLOCK, HEADS, 2 * SIZE).permute(0, 2, 1, 3)
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: Any, cu_num_scheduled_tokens: Any
@@ -111,7 +113,14 @@ def hooked(
 
 
 def groups(context: dict[str, Any]) -> Any:
-    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(context))])
+    group = SimpleNamespace(
+        layer_names=list(context), kv_cache_spec=SimpleNamespace(block_size=BLOCK)
+    )
+    tensor = SimpleNamespace(size=BLOCKS * BLOCK * HEADS * 2 * SIZE)
+    return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group], kv_cache_tensors=[tensor])
+
+
+TABLE = torch.tensor([[1, 0, 0], [1, 0, 0]], dtype=torch.int32)
 
 
 @pytest.fixture
@@ -120,12 +129,13 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     from nwor_compile.vllm_adapter import runner as module
 
     def begin(runner: Runner) -> Any:
-        slots = dict.fromkeys(
-            runner.config.compilation_config.static_forward_context, torch.arange(32, 37)
+        names = list(runner.config.compilation_config.static_forward_context)
+        metadata = SimpleNamespace(block_table=TABLE, seq_lens=torch.tensor([3, 5]))
+        context = SimpleNamespace(
+            slot_mapping=dict.fromkeys(names, torch.arange(32, 37)),
+            attn_metadata=dict.fromkeys(names, metadata),
         )
-        monkeypatch.setattr(
-            module, "get_forward_context", lambda: SimpleNamespace(slot_mapping=slots)
-        )
+        monkeypatch.setattr(module, "get_forward_context", lambda: context)
         metadata = runner._calc_spec_decode_metadata([2, 1], [3, 5])
         runner._model_forward()
         return metadata
@@ -155,9 +165,9 @@ def test_a_drafter_that_reads_the_targets_cache_is_refused() -> None:
 
 
 def test_a_backend_that_cannot_stage_is_refused_or_runs_direct() -> None:
-    target = {"a.0": layer(impl=object())}
+    target = {"a.0": layer(backend="FLEX_ATTENTION")}
     runner, _ = hooked(target=target)
-    with pytest.raises(ConfigError, match=r"layer a\.0: attention backend object"):
+    with pytest.raises(ConfigError, match=r"layer a\.0: attention backend FLEX_ATTENTION"):
         runner.initialize_kv_cache(groups(target))
     runner, hooks = hooked(target=target, strict=False)
     runner.initialize_kv_cache(groups(target))
@@ -294,11 +304,31 @@ def test_a_step_that_never_sampled_is_aborted_by_the_next(step: Any) -> None:
     assert window.metrics().nwor_windows == 1
 
 
-def test_a_forward_without_metadata_opens_no_window() -> None:
+def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(step: Any) -> None:
     runner, hooks = hooked()
     window = opened(runner, hooks)
+    step(runner)
+    # Two requests of two tail blocks each, behind the scheduler's four blocks.
+    assert window.block_tables["0"][:2].tolist() == [[BLOCKS, 0, 0], [BLOCKS + 2, 0, 0]]
+    assert TABLE.tolist() == [[1, 0, 0], [1, 0, 0]]  # the engine's is untouched
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_a_forward_without_drafts_opens_no_window_and_reads_the_engines_table(
+    monkeypatch: pytest.MonkeyPatch, step: Any, warm_up: bool
+) -> None:
+    from nwor_compile.vllm_adapter import runner as module
+
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    runner._sample(None, step(runner))
+    redirected = window.block_tables["0"][:2].tolist()
+    if warm_up:  # no attention, so nothing reads a table
+        context = SimpleNamespace(attn_metadata=None)
+        monkeypatch.setattr(module, "get_forward_context", lambda: context)
     runner._model_forward()
     assert window.state is State.IDLE
+    assert window.block_tables["0"][:2].tolist() == (redirected if warm_up else TABLE.tolist())
 
 
 def test_the_pass_and_its_sources_are_in_vllms_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,8 +322,10 @@ def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def layer(**changes: Any) -> Any:
     fields: dict[str, Any] = {
-        "impl": SimpleNamespace(reads_staging=True),
-        "attn_backend": SimpleNamespace(forward_includes_kv_cache_update=False),
+        "impl": SimpleNamespace(),
+        "attn_backend": SimpleNamespace(
+            forward_includes_kv_cache_update=False, get_name=lambda: "CPU_ATTN"
+        ),
     }
     return SimpleNamespace(**{**fields, **changes})
 
@@ -331,7 +333,10 @@ def layer(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"impl": SimpleNamespace()}, "attention backend .* never seen to read staged rows"),
+        (
+            {"attn_backend": SimpleNamespace(get_name=lambda: "FLEX_ATTENTION")},
+            "attention backend FLEX_ATTENTION was never seen to read staged rows",
+        ),
         (
             {"attn_backend": SimpleNamespace(forward_includes_kv_cache_update=True)},
             "inside its forward.*choose another attention backend",
