@@ -112,7 +112,7 @@ def _readers(write: Node, ops: LayerOps) -> list[Node]:
 
 def _ropes(graph: Graph, writes: list[Node], ops: LayerOps) -> dict[Node, LayerRope | str]:
     """For each write its rotation, or why that stays apart."""
-    touches = Touches(graph, writes)
+    touches = Touches(graph, list(graph.nodes))  # a rotation may begin in any memory
     return {write: find_layer_rope(write, _readers(write, ops), touches) for write in writes}
 
 

@@ -145,11 +145,10 @@ def fuse_layer(
 
 def _rotary_op(key: Node, write: Node, touches: Touches) -> str:
     """Says that a custom op has rotated the key, if one has."""
-    memory = touches.aliases.memory(key)
-    for node in between_nodes(write.graph._root, write):
-        if op_name(callee(node)) in ROTARY_OPS and touches.aliases.meet(
-            touches.written(node), memory
-        ):
+    memory = [*touches.aliases.memory(key)]
+    for node in touches.near(memory):
+        rotates = op_name(callee(node)) in ROTARY_OPS and touches.order[node] < touches.order[write]
+        if rotates and touches.aliases.meet(touches.written(node), memory):
             return f"{node.name} rotates it, an op whose rounding is its own"
     return ""
 
@@ -189,6 +188,9 @@ def _memory_problem(
     q, k, aliases = rope.query.x, rope.key.x, touches.aliases
     for x in (q, k):
         maker = views_to(x, touches)[0]
+        given = [view for node in maker.all_input_nodes for view in aliases.memory(node)]
+        if maker.op in ("placeholder", "get_attr") or aliases.meet(aliases.memory(x), given):
+            return f"{maker.name} is not made in this graph"
         if not _is_stored(maker):
             return f"{maker.name}, of which {x.name} is made, may stay unrounded in compiled code"
         if not _has_rows(view_of(x)):
@@ -197,12 +199,9 @@ def _memory_problem(
     if any(aliases.meet(memory[i], memory[j]) for i, j in ((0, 1), (0, 2), (1, 2))):
         return "query, key and value may overlap"
     rotated = memory[0] + memory[1]
-    for node, place in touches.order.items():
-        outside = node.op in ("placeholder", "get_attr")
-        if outside and aliases.meet(aliases.memory(node), rotated):
-            return f"{node.name} may be what is rotated, and belongs to the caller"
-        later = place > touches.order[write] and node not in readers
-        if later and not aliases.is_view(node) and aliases.meet(touches.touched(node), rotated):
+    for node in touches.near(rotated):
+        later = touches.order[node] > touches.order[write] and node not in readers
+        if later and aliases.meet(touches.touched(node), rotated):
             return f"{node.name} takes what is not rotated, after the write"
     return ""
 
@@ -219,8 +218,6 @@ def _order_problem(rope: LayerRope, write: Node, touches: Touches) -> str:
 
 
 def _is_stored(node: Node) -> bool:
-    if node.op in ("placeholder", "get_attr"):
-        return True
     op = overload_of(node.target) if node.op == "call_function" else None
     if op is not None and op.namespace not in _COMPILED:
         return True

@@ -153,8 +153,7 @@ class Region:
                 pending += [n for n in node.all_input_nodes if _is_tensor(n)]
             else:
                 self.leaves.add(node)
-        order = {node: index for index, node in enumerate(result.graph.nodes)}
-        self.nodes = sorted(self.inner | self.leaves, key=order.__getitem__)
+        self.nodes = sorted(self.inner | self.leaves, key=touches.order.__getitem__)
         self.products = [
             n for n in self.nodes if n in self.inner and name_of(n) in ("mul", "multiply")
         ]

@@ -381,7 +381,7 @@ def test_inputs_of_the_graph_are_not_rotated_in_place() -> None:
     _, _, positions, table = inputs()
     graph = trace(run, torch.randn(5, 24), torch.randn(5, 8), positions, table, form="plain")
     (decision,) = rewrite_layers(graph, OPS, rope=True).decisions
-    assert "belongs to the caller" in decision.rope
+    assert "is not made in this graph" in decision.rope
 
 
 def test_eager_rounding_in_inductor_keeps_rope_apart() -> None:
