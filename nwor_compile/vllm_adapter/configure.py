@@ -40,9 +40,7 @@ def configure(config: Any) -> list[str]:
     _enter_cache_key(config, settings)
     if settings.mode == "stage":
         options = config.compilation_config.inductor_compile_config
-        # Elsewhere the pass runs on graphs that are functionalized.
-        on_cuda = config.device_config.device_type == "cuda"
-        rope = on_cuda and fuses_rope(config.compilation_config, settings.rope)
+        rope = fuses_rope(config, settings.rope)
         options[PASS_SLOT] = VllmNworPass(LayerOps(), strict=settings.strict, rope=rope)
     if config.device_config.device_type == "cuda":
         if settings.mode == "stage":

@@ -74,15 +74,19 @@ def cut_at_twins(compilation: Any) -> None:
     compilation.splitting_ops = [*present, *(op for op in twins if op not in present)]
 
 
-def fuses_rope(compilation: Any, rope: str) -> bool:
+def fuses_rope(config: Any, rope: str) -> bool:
     """Whether the pass fuses RoPE with the staged write, given the setting of this name.
 
-    Where Inductor cuts the graph, an op that rotates in place would be functionalized, with copies
-    of q and k; there the rotation stays apart.
+    It does so on the graph before vLLM's cut. Where Inductor cuts it, or nobody, an op that rotates
+    in place would be functionalized, with copies of q and k.
     """
     if rope != "fused":
         return False
-    if compilation.use_inductor_graph_partition:
-        log.info("NWOR: RoPE stays apart from the staged write: use_inductor_graph_partition")
-        return False
-    return True
+    why = ""
+    if config.device_config.device_type != "cuda":
+        why = f"the device is {config.device_config.device_type}, not cuda"
+    elif config.compilation_config.use_inductor_graph_partition:
+        why = "use_inductor_graph_partition is on"
+    if why:
+        log.warning("NWOR: RoPE stays apart from the staged write: %s", why)
+    return not why

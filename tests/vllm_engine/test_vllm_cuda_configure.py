@@ -95,8 +95,12 @@ def test_the_graph_is_cut_at_the_twins_as_at_vllms_own_ops(by_inductor: bool) ->
     twins = [VERIFY_OP] if by_inductor else [STAGE_OP, ROPE_STAGE_OP, VERIFY_OP]
     assert compilation.splitting_ops == ["vllm::unified_attention_with_output", *twins]
     assert compilation.use_inductor_graph_partition == by_inductor
-    assert fuses_rope(compilation, "fused") is not by_inductor
-    assert not fuses_rope(compilation, "separate")
+    for device in ("cuda", "cpu"):
+        engine = SimpleNamespace(
+            compilation_config=compilation, device_config=SimpleNamespace(device_type=device)
+        )
+        assert fuses_rope(engine, "fused") is (device == "cuda" and not by_inductor)
+        assert not fuses_rope(engine, "separate")
 
 
 def test_the_pass_runs_before_the_cut_and_not_after_it_was_forgotten() -> None:
