@@ -10,7 +10,11 @@ from nwor_compile.vllm_adapter.contract_forms import (
     Names,
     Text,
 )
-from nwor_compile.vllm_adapter.versions import CUDA_END, KV_CACHE_UPDATE_BYPASS
+from nwor_compile.vllm_adapter.versions import (
+    CUDA_END,
+    KV_CACHE_LAYOUTS,
+    KV_CACHE_UPDATE_BYPASS,
+)
 
 RUNNER = "v1/worker/gpu_model_runner.py"
 GPU_WORKER = "v1/worker/gpu_worker.py"
@@ -163,6 +167,22 @@ TWINS: tuple[Entry, ...] = (
     ),
 )  # fmt: skip
 
+# spare_blocks.py, runner.py
+TAIL_BLOCKS: tuple[Entry, ...] = (
+    Names(
+        "v1/kv_cache_interface.py", "KVCacheConfig",
+        ("num_blocks", "kv_cache_tensors", "kv_cache_groups"),
+    ),
+    Names("v1/kv_cache_interface.py", "KVCacheTensor", ("size",)),
+    Names(
+        "v1/kv_cache_interface.py", "KVCacheTensor", ("layer_stride", "block_stride", "offset"),
+        since=KV_CACHE_LAYOUTS,
+    ),
+    Names("v1/kv_cache_interface.py", "KVCacheSpec", ("block_size",)),
+    Attributes(RUNNER, "GPUModelRunner", ("_kernel_block_sizes",)),
+    Function("v1/worker/block_table.py", "BlockTable.get_device_tensor", ("self", "num_reqs")),
+)  # fmt: skip
+
 # cpu_backend.py
 CPU_ATTENTION: tuple[Entry, ...] = (
     Names(REGISTRY, "AttentionBackendEnum", ("CPU_ATTN",)),
@@ -173,6 +193,10 @@ CPU_ATTENTION: tuple[Entry, ...] = (
     Names(BACKEND, "AttentionBackend", ("forward_includes_kv_cache_update",)),
     Function(BACKEND, "AttentionBackend.supports_non_causal", ("cls",)),
     Names(CPU_BACKEND, "CPUAttentionBackend", ("get_impl_cls", "get_builder_cls")),
+    Names("v1/kv_cache_layout.py", "KVCacheLayout", ("LBNHC",), since=KV_CACHE_LAYOUTS),
+    Function(
+        BACKEND, "AttentionBackend.supported_kv_cache_layouts", ("cls",), since=KV_CACHE_LAYOUTS
+    ),
     Attributes(
         CPU_BACKEND, "CPUAttentionBackendImpl",
         (
@@ -226,12 +250,6 @@ CUDA: tuple[Entry, ...] = (
         until=CUDA_END,
     ),
     # spare_blocks.py: caches are as large as their tensors, whatever `num_blocks` says.
-    Names(
-        "v1/kv_cache_interface.py", "KVCacheConfig",
-        ("num_blocks", "kv_cache_tensors", "kv_cache_groups"), until=CUDA_END,
-    ),
-    Names("v1/kv_cache_interface.py", "KVCacheTensor", ("size", "shared_by"), until=CUDA_END),
-    Names("v1/kv_cache_interface.py", "KVCacheSpec", ("block_size",), until=CUDA_END),
     Text(
         "v1/worker/gpu/attn_utils.py", "_reshape_kv_cache",
         "kv_raw_tensor.numel() // kv_cache_spec.page_size_bytes", until=CUDA_END,
@@ -241,7 +259,6 @@ CUDA: tuple[Entry, ...] = (
     Attributes(
         "v1/worker/gpu/block_table.py", "BlockTables", ("input_block_tables",), until=CUDA_END
     ),
-    Attributes(RUNNER, "GPUModelRunner", ("_kernel_block_sizes",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.init_device", ("self",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.load_model", ("self",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.compile_or_warm_up_model", ("self",), until=CUDA_END),
@@ -345,5 +362,6 @@ SAMPLER: tuple[Entry, ...] = (
 )  # fmt: skip
 
 CONTRACT: tuple[Entry, ...] = (
-    *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *CPU_ATTENTION, *CUDA, *FIGURES, *SAMPLER,
+    *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *TAIL_BLOCKS, *CPU_ATTENTION, *CUDA,
+    *FIGURES, *SAMPLER,
 )  # fmt: skip

@@ -18,7 +18,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from nwor_compile.ops import paged_attention, reshape_and_cache
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -130,9 +129,16 @@ class NworCPUBackend(CPUAttentionBackend):
     """CPU_ATTN's contract with the implementation above, and rows one after the other in memory."""
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+    def supported_kv_cache_layouts(cls) -> Any:
         """Each row of a block with all its heads, so that tail blocks are rows of one stride."""
+        from vllm.v1.kv_cache_layout import KVCacheLayout  # versions that ask for it have it
+
         return (KVCacheLayout.LBNHC,)
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """The same, as earlier versions ask for it."""
+        return (1, 0, 3, 2, 4) if include_num_layers_dimension else (0, 2, 1, 3)
 
     @classmethod
     def supports_non_causal(cls) -> bool:

