@@ -7,19 +7,16 @@ Options: model: `tiny`, or the arguments of a LlamaConfig, or the folders `{"tar
 "drafter": PATH or null}`; nwor: settings, or null for stock vLLM; speculative: further arguments of
 speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache;
 soft_cap: of the attention's logits.
-Command: prompts (lists of ids), max_tokens, temperature, audit, timing; profile: time by kernel;
-seed: of what is drawn for requests without one; logprobs: report those of the tokens.
+Command: prompts (lists of ids), max_tokens, temperature, audit; seed: of what is drawn for requests without one; logprobs: report those of the tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +121,7 @@ class Engine:
         from vllm import SamplingParams, TokensPrompt
 
         before = self._counters()
-        self.audit.begin(audit=command.get("audit", False), timing=command.get("timing", False))
+        self.audit.begin(audit=command.get("audit", False))
         torch.manual_seed(command.get("seed", 0))
         temperature = command.get("temperature", 0.0)
         parameters = [
@@ -136,8 +133,7 @@ class Engine:
         ]  # fmt: skip
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in command["prompts"]]
         start = time.perf_counter()
-        with profiled(command.get("profile", False)) as kernels:
-            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         seconds = time.perf_counter() - start
         after = self._counters()
         result = {
@@ -148,7 +144,6 @@ class Engine:
             ],
             **{name: after[name] - before[name] for name in COUNTED.values()},
             "nwor": _difference(before["nwor"], after["nwor"]),
-            **({"kernels": kernels} if kernels else {}),
             **({"logprobs": _logprobs(outputs)} if command.get("logprobs") else {}),
         }
         return {**result, **self.audit.end()}
@@ -163,24 +158,6 @@ class Engine:
                 found["positions"] = list(metric.values)
         found["nwor"] = self.llm.collective_rpc("nwor_metrics")[0] if self.staged else {}
         return found
-
-
-@contextlib.contextmanager
-def profiled(wanted: bool) -> Iterator[dict[str, list[float]]]:
-    """Fills what it yields with the launches and GPU microseconds of each kernel."""
-    found: dict[str, list[float]] = {}
-    if not wanted:
-        yield found
-        return
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        yield found
-        torch.cuda.synchronize()
-    for event in profiler.key_averages():
-        if event.self_device_time_total > 0:
-            found[event.key[:100]] = [event.count, round(event.self_device_time_total, 1)]
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

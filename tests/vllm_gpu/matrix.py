@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import matrix_engine
-from first_light import this_machine
 from matrix_cases import CASES, CONTROLS, KINDS, Case
-from matrix_report import differs, row, shortened, table
+from matrix_report import differs, row, shortened, table, this_machine
 
 START = 80  # seconds that a new engine must at least have left
 HOPELESS = 6  # staged engines that fail without one that runs: the rest would too
@@ -156,7 +155,7 @@ def main() -> None:
         cases = [case for case in cases if case.name not in done]
     patterns = " ".join(f"'{pattern}'" for pattern in given.cases)
     command = f"python tests/vllm_gpu/matrix.py --record OUT.json --cases {patterns}"
-    machine = {**this_machine(""), "command": f"{command} --jobs {given.jobs}"}
+    machine = {**this_machine(), "command": f"{command} --jobs {given.jobs}"}
     with tempfile.TemporaryDirectory() as folder:
         logs = given.logs or Path(folder) / "logs"
         logs.mkdir(parents=True, exist_ok=True)

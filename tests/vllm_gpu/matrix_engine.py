@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from first_light import text_prompts
 from matrix_cases import KINDS, Case
 
 SCRIPT = Path(__file__).with_name("engine_process.py")
+WEIGHTS = Path(__file__).resolve().parents[2] / "nwor_compile" / "demo" / "weights"
+TEXT, TOKENIZER = WEIGHTS / "heldout.txt", WEIGHTS / "target" / "tokenizer.json"
 REFUSAL = re.compile(r"(?:NWOR cannot|NWOR does not|tail blocks:) [^\n]*")
 # The first line of an exception at the end of a traceback.
 RAISED = re.compile(r"^(?:\[rank\d\]: )?((?:\w+\.)*\w*(?:Error|Exception|Unsupported)\b.*)$", re.M)
@@ -87,6 +88,14 @@ class EngineProcess:
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self.process.kill()
             self.process.wait()
+
+
+def text_prompts(count: int) -> list[list[int]]:
+    """Prompts of 20 to 170 ids from text that the tiny target was not trained on."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(TOKENIZER)).encode(TEXT.read_text()).ids
+    return [ids[97 * i : 97 * i + 20 + 37 * i % 151] for i in range(count)]
 
 
 def prompts_of(case: Case) -> list[list[int]]:

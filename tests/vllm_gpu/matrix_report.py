@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import importlib.metadata
 import json
 import math
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -304,3 +307,19 @@ def _line(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return (
         "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |"
     )
+
+
+def this_machine() -> dict[str, Any]:
+    """Device, versions and date."""
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("nwor-compile", "vllm", "torch", "triton")
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

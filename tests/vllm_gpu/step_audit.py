@@ -7,7 +7,6 @@ of windows and staging; slots, draft counts and sampled counts are vLLM's own. I
 from __future__ import annotations
 
 import functools
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from row_audit import FP8, AuditedLayer, RowAudit, rows_of
 
 
 class StepAudit:
-    """Counts of graph modes always; rows while `on`; step times while `timing`.
+    """Counts of graph modes always; rows while `on`.
 
     `rows` needs room for a second copy of the target's caches.
     """
@@ -25,9 +24,8 @@ class StepAudit:
     def __init__(self, worker: Any, blocks: int) -> None:
         """blocks: how many the scheduler hands out; further ones at the end are not looked at."""
         self.runner = worker.model_runner
-        self.on = self.timing = False
+        self.on = False
         self.rows = RowAudit(audited_layers(self.runner), blocks)
-        self.events: list[tuple[Any, torch.cuda.Event]] = []
         self.modes: Counter[str] = Counter()
         if hasattr(self.runner, "prepare_attn"):
             hooks: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
@@ -44,35 +42,17 @@ class StepAudit:
         for owner, name, hook in hooks:
             setattr(owner, name, functools.partial(hook, getattr(owner, name)))
 
-    def begin(self, *, audit: bool, timing: bool) -> None:
+    def begin(self, *, audit: bool) -> None:
         """Forget the totals."""
-        self.on, self.timing = audit, timing
+        self.on = audit
         self.rows.clear()
         self.modes.clear()
-        self.events.clear()
 
     def end(self) -> dict[str, Any]:
         """Totals since `begin`."""
         self.on = False
         torch.cuda.synchronize()
-        times: dict[str, list[float]] = {}
-        for (shape, start), (_, stop) in zip(self.events, self.events[1:], strict=False):
-            times.setdefault(str(shape), []).append(start.elapsed_time(stop))
-        spread = {
-            shape: {
-                "steps": len(ms), "median_ms": statistics.median(ms), "min_ms": min(ms),
-                "p90_ms": sorted(ms)[int(0.9 * len(ms))],
-            }
-            for shape, ms in times.items()
-            if len(ms) >= 8
-        }  # fmt: skip
-        return {"rows": dict(self.rows.totals), "graphs": dict(self.modes), "step_ms": spread}
-
-    def _time(self, requests: int, tokens: int) -> None:
-        if self.timing:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.events.append(((requests, tokens), event))
+        return {"rows": dict(self.rows.totals), "graphs": dict(self.modes)}
 
     # V2: slots, spans and draft counts are known when the attention is prepared.
 
@@ -82,7 +62,6 @@ class StepAudit:
         return result
 
     def _prepare_attn(self, original: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        self._time(batch.num_reqs, batch.num_tokens)
         result = original(batch, *args, **kwargs)
         if self.on:
             slots = result[1][:, : batch.num_tokens]
@@ -110,7 +89,6 @@ class StepAudit:
 
     def _model_forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         starts = self._starts()
-        self._time(len(starts) - 1, starts[-1])
         if self.on:
             from vllm.forward_context import get_forward_context
 
