@@ -10,6 +10,7 @@ import io
 import json
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ from nwor_compile.bench import kernels_attention as attention
 from nwor_compile.bench import kernels_rope as rope
 from nwor_compile.bench import kernels_writes as writes
 from nwor_compile.bench.engine_result import METRICS, EngineResult, Summary
+from nwor_compile.bench.steps_record import Record
+from nwor_compile.bench.steps_screen import tables
 from nwor_compile.demo.result import DemoResult
 from nwor_compile.demo.screen import Screen
 from nwor_compile.demo.text import load_tokenizer
@@ -338,11 +341,39 @@ def _engine_row(result: EngineResult, summary: Summary, speed: Sequence[str]) ->
     return f"| {' | '.join(cells)} |"
 
 
+def steps_block() -> str:
+    """Decode steps of vLLM engines on a GPU, stock against staged, and how many cases are equal."""
+    texts = []
+    for kind in ("vllm-gpu-steps", "vllm-gpu-early-steps"):
+        path = newest(kind)
+        record = Record.model_validate_json(path.read_text())
+        shown = tables(record)[0]
+        kept = [
+            index
+            for index, name in enumerate(shown.head)
+            if name not in ("spread", "wall", "tokens/s", "note")
+        ]
+        rows = [[row[index] for index in kept] for row in shown.rows]
+        texts.append(
+            f"`{record.commands[0]}` ({record.device}, vLLM {record.versions['vllm']}, "
+            f"`{path.relative_to(ROOT)}`):\n\n{_table([shown.head[i] for i in kept], rows)}"
+        )
+    path = newest("vllm-gpu-matrix")
+    cases = Counter(row["state"] for row in json.loads(path.read_text())["rows"])
+    counts = ", ".join(f"{number} {state}" for state, number in cases.most_common())
+    texts.append(
+        f"Support matrix, engine cases: {counts} (`{path.relative_to(ROOT)}`; "
+        "[docs/vllm-cuda.md](docs/vllm-cuda.md) has each)."
+    )
+    return "\n\n".join(texts)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo_block,
     "example": example_block,
     "engine": engine_block,
     "measured": measured_block,
+    "steps": steps_block,
 }
 
 

@@ -7,7 +7,8 @@ Options: model: `tiny`, or the arguments of a LlamaConfig, or the folders `{"tar
 "drafter": PATH or null}`; nwor: settings, or null for stock vLLM; speculative: further arguments of
 speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache;
 soft_cap: of the attention's logits.
-Command: prompts (lists of ids), max_tokens, temperature, audit; seed: of what is drawn for requests without one; logprobs: report those of the tokens.
+Command: prompts (lists of ids), max_tokens, temperature, audit; seed: of what is drawn for requests
+without one; logprobs: report those of the tokens.
 """
 
 from __future__ import annotations
