@@ -86,6 +86,7 @@ def run(
     assert int(counters.sum()) == int(counters[COUNTERS["certain"]])
     used = int(kept.drafts.sum())
     assert tail is not None or kept.rows is None
+    assert kept.draft_ids is not None
     return {
         "row_map": routing.row_map, "num_drafts": routing.num_drafts, "error": kept.error,
         "drafts": kept.drafts, "certain": counters[COUNTERS["certain"]],

@@ -174,7 +174,9 @@ def test_impossible_counts_redirect_nothing_and_write_no_draft(ops: str) -> None
         assert result.error.item() != 0
         changed = r.rows()
         for slot in r.rejected_slots(NONE)[MIXED[0].drafts :]:
-            assert all(same_bits(a, b) for a, b in zip(changed[0][slot], before[0][slot]))
+            assert all(
+                same_bits(a, b) for a, b in zip(changed[0][slot], before[0][slot], strict=True)
+            )
         r.assert_next_window_is_clean()
 
 

@@ -655,9 +655,7 @@ def test_settings_come_from_the_environment_when_none_are_given(
 
 def test_sizes_are_reported_as_allocated() -> None:
     with rig(layers=3, geometries=(Geometry(), Geometry(head_size=16))) as r:
-        tensors = [
-            t for b in r.window.tensors.batches for t in (*b.staged_keys, *b.staged_values)
-        ]
+        tensors = [t for b in r.window.tensors.batches for t in (*b.staged_keys, *b.staged_values)]
         assert r.window.capacity == 30
         assert r.window.staging_bytes == sum(t.numel() * t.element_size() for t in tensors)
         assert r.window.row_bytes == 3 * 2 * 2 * 4 * (8 + 16)

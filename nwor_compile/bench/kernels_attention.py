@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from nwor_compile.bench.kernels_batch import Batch
 from nwor_compile.bench.kernels_points import BLOCK_SIZE, Point
 from nwor_compile.bench.kernels_timing import Run, compare
 from nwor_compile.bench.record import Spread
+
+LayerRun = Callable[[int], None]  # of one layer
 
 # bf16 weights of the softmax and bf16 output, in two kernels that sum in another order.
 LARGEST_ERROR = 2e-2
@@ -90,7 +93,7 @@ class Flash:
         self.rope(layer)
         self.write(layer)
 
-    def run(self, splits: int, *, write: Run | None = None, tail: bool = False) -> None:
+    def run(self, splits: int, *, write: LayerRun | None = None, tail: bool = False) -> None:
         """A step: metadata, then every layer. tail: over the redirected block table."""
         metadata = self.schedule(splits, self.batch.lengths)
         table = self.batch.redirected if tail else self.batch.table
@@ -99,7 +102,7 @@ class Flash:
                 write(layer)
             self.attend(layer, splits, metadata, table)
 
-    def path(self, splits: int, write: Run) -> None:
+    def path(self, splits: int, write: LayerRun) -> None:
         """All that a step does for the layers with tail blocks, FlashAttention over them."""
         self.batch.open()
         self.run(splits, write=write, tail=True)

@@ -131,7 +131,8 @@ def test_stock_attention_gets_the_windows_table_and_an_idle_window_the_engines_w
     table, redirected = torch.zeros(2, 3), torch.ones(4, 3)
     metadata = SimpleNamespace(block_table=table, seq_lens="lengths")
     context.attn_metadata[NAME] = metadata
-    ops.set_layers({NAME: SimpleNamespace(block_table=redirected)}, lambda: idle)
+    staging: Any = SimpleNamespace(block_table=redirected)
+    ops.set_layers({NAME: staging}, lambda: idle)
     try:
         tensor = torch.zeros(1)
         torch.ops.nwor.vllm_stage(tensor, tensor, NAME)
