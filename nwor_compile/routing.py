@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from nwor_compile.ops.counters import COUNTERS
-from nwor_compile.ops.error_bits import (  # noqa: F401
-    BAD_COUNTS,
-    COUNT_MISMATCH,
-    EARLY_WRITE,
-    ID_MISMATCH,
-    OVERFLOW,
-)
+from nwor_compile.ops.error_bits import BAD_COUNTS, OVERFLOW
 from nwor_compile.ops.library import Launcher
 from nwor_compile.ops.staging import Routing
 

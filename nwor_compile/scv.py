@@ -23,11 +23,11 @@ from torch import Tensor
 from nwor_compile.groups import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
+from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.scv import JUDGE, JudgePlan, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
-from nwor_compile.routing import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 
 log = logging.getLogger("nwor_compile")
 

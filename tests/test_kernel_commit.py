@@ -18,11 +18,11 @@ pytest.importorskip("triton")
 from nwor_compile import ops
 from nwor_compile.ops import commit, counter_size, scv
 from nwor_compile.ops.commit import Closing, CommitPlan
+from nwor_compile.ops.error_bits import COUNT_MISMATCH, EARLY_WRITE, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.kernels import commit as commit_kernels
 from nwor_compile.ops.kernels import scv as scv_kernels
 from nwor_compile.ops.kernels.testing import LAYOUTS, empty_cache
 from nwor_compile.ops.scv import JudgePlan, Verdict
-from nwor_compile.routing import COUNT_MISMATCH, EARLY_WRITE, ID_MISMATCH, OVERFLOW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GUARD = 77

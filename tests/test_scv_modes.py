@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from window_support import ALL, NONE, SOME, rig
 
 from nwor_compile import Committed
+from nwor_compile.ops.error_bits import ID_MISMATCH
 from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
-from nwor_compile.routing import ID_MISMATCH
 from nwor_compile.scv import (
     WindowTensors,
     _Captured,

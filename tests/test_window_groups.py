@@ -13,7 +13,7 @@ from window_support import ALL, NONE, SOME, Rig, rig
 from nwor_compile import WindowInputError
 from nwor_compile.groups import staging_bytes
 from nwor_compile.ops import stage_kv_window
-from nwor_compile.routing import COUNT_MISMATCH
+from nwor_compile.ops.error_bits import COUNT_MISMATCH
 from nwor_compile.scv import Committed
 
 GEOMETRIES = (

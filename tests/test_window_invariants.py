@@ -28,7 +28,7 @@ from window_support import ALL, MIXED, NONE, SOME, Rig, draft_slots, rig, slots_
 
 from nwor_compile import NworConfig
 from nwor_compile.ops import paged_attention, reshape_and_cache, stage_kv_window
-from nwor_compile.routing import (
+from nwor_compile.ops.error_bits import (
     BAD_COUNTS,
     COUNT_MISMATCH,
     EARLY_WRITE,

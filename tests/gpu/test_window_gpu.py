@@ -14,7 +14,7 @@ from window_support import ALL, MIXED, NONE, SOME, Rig, rig
 
 from nwor_compile import Committed
 from nwor_compile.ops import stage_kv_window
-from nwor_compile.routing import COUNT_MISMATCH
+from nwor_compile.ops.error_bits import COUNT_MISMATCH
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ import torch
 from cache_audit import Audit
 from engine import WEIGHTS
 from faults import Faults
-from ranks import Ranks
+from ranks import Ranks, no_window
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -183,12 +183,7 @@ class Phases(Faults, Ranks):
     @contextlib.contextmanager
     def _no_window(self) -> Iterator[None]:
         """Steps with drafts open no window: they write as steps without drafts do."""
-        from nwor_compile.vllm_adapter.runner import _block_tables
-
-        def idle(window: Any, metadata: Any) -> None:
-            window.pass_through(_block_tables(window))
-
-        with self.replaced(self.hooks, "_begin", idle):
+        with self.replaced(self.hooks, "_begin", no_window):
             yield
 
     def phase_direct(self) -> dict[str, Any]:

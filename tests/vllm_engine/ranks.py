@@ -67,12 +67,19 @@ def _describe(worker: Any) -> dict[str, Any]:
     }
 
 
+def no_window(window: Any, metadata: Any) -> None:
+    """In the place of `RunnerHooks._begin`: a step with drafts writes as one without."""
+    from nwor_compile.vllm_adapter.runner import _block_tables
+
+    window.pass_through(_block_tables(window))
+
+
 def _take_window(worker: Any) -> None:
-    worker.nwor.kept, worker.nwor.window = worker.nwor.window, None
+    worker.nwor._begin = no_window
 
 
 def _give_window(worker: Any) -> None:
-    worker.nwor.window = worker.nwor.kept
+    del worker.nwor._begin
 
 
 def _flag_on_one_rank(worker: Any) -> None:
