@@ -154,7 +154,7 @@ def bench_kernels(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="GROUP", help="`writes`, `scv`, `attention` or a group of its points."
+            metavar="GROUP", help="`writes`, `rope`, `scv`, `attention`, or a group of its points."
         ),
     ] = None,
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from nwor_compile.vllm_adapter import patches
-from nwor_compile.vllm_adapter.runner import RunnerHooks
+from nwor_compile.vllm_adapter.runner import RunnerHooks, abort_unsampled
 from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
@@ -62,10 +62,7 @@ class DeviceRunnerHooks(RunnerHooks):
         window = self.window
         if window is None:
             return result
-        if window.state is State.OPEN:
-            # The step before this one never sampled: its drafts are lost, its certain rows stand.
-            log.error("NWOR: a window was never committed; aborted")
-            window.abort()
+        abort_unsampled(window)
         # On the host vLLM knows how many drafts there are; which rows they are is device data.
         # Without any, the graphs find the routing of direct mode, and the engine's block tables.
         groups = {batch.group for batch in window.tensors.batches}

@@ -218,9 +218,10 @@ class RunnerHooks:
         window = self.window
         if window is None:
             return original(*args, **kwargs)
+        abort_unsampled(window)
         if metadata is None:
             tables = _block_tables(window)
-            if tables and window.state is State.IDLE:
+            if tables:
                 window.pass_through(tables)
             return original(*args, **kwargs)
         self._begin(window, metadata)
@@ -231,10 +232,6 @@ class RunnerHooks:
             raise
 
     def _begin(self, window: Window, metadata: Any) -> None:
-        if window.state is State.OPEN:
-            # The step before this one never sampled: its drafts are lost, its certain rows stand.
-            log.error("NWOR: a window was never committed; aborted")
-            window.abort()
         ends = metadata.cu_num_draft_tokens
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
         requests = counts.shape[0]
@@ -264,6 +261,13 @@ class RunnerHooks:
         column = torch.arange(sampled.shape[1], device=sampled.device)
         output.sampled_token_ids = torch.where(column > done.accepted[:, None], -1, sampled)
         return output
+
+
+def abort_unsampled(window: Window) -> None:
+    """If the step before this one never sampled: its drafts are lost, its certain rows stand."""
+    if window.state is State.OPEN:
+        log.error("NWOR: a window was never committed; aborted")
+        window.abort()
 
 
 def _block_tables(window: Window) -> dict[str, Tensor]:

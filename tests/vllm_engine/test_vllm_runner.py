@@ -313,6 +313,16 @@ def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(ste
     assert TABLE.tolist() == [[1, 0, 0], [1, 0, 0]]  # the engine's is untouched
 
 
+def test_a_step_without_drafts_after_one_that_never_sampled_stages_nothing(step: Any) -> None:
+    runner, hooks = hooked()
+    window = opened(runner, hooks)
+    step(runner)
+    runner._model_forward()
+    assert window.state is State.IDLE
+    assert (window.tensors.routing.row_map == -1).all()
+    assert window.block_tables["0"][:2].tolist() == TABLE.tolist()
+
+
 @pytest.mark.parametrize("warm_up", [False, True])
 def test_a_forward_without_drafts_opens_no_window_and_reads_the_engines_table(
     monkeypatch: pytest.MonkeyPatch, step: Any, warm_up: bool
