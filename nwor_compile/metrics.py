@@ -21,8 +21,8 @@ class Metrics(BaseModel):
     nwor_scv_vectorised: commits that ran as plain launches although graphs were asked for.
     nwor_error_windows: windows that the device-side error flag turned into zero accepted drafts.
     Bytes count K and V of all layers: to the cache, through staging (written, and read again when
-    committed), and what a direct run of the same steps writes. What tail blocks copy beside them (the
-    rows of partly filled blocks, and the step's certain rows in them) is not counted.
+    committed), and what a direct run of the same steps writes. What tail blocks copy beside them
+    (rows of partly filled blocks, and the step's certain rows in them) is not counted.
     """
 
     nwor_windows: int
