@@ -270,7 +270,10 @@ def _median(spread: dict[str, Any] | None, digits: int = 1) -> str:
 def _gpu_tests() -> str:
     """How the GPU tests went, plainly and under the memory checker."""
     parts = []
-    for prefix, how in (("gpu-tests", ""), ("gpu-memcheck", " under compute-sanitizer memcheck")):
+    for prefix, how in (
+        ("gpu-tests-kernels", ""), ("gpu-tests-windows", " (the seven: see benchmarks/README.md)"),
+        ("gpu-memcheck", " under compute-sanitizer memcheck"),
+    ):  # fmt: skip
         path = newest(prefix)
         record = json.loads(path.read_text())
         counts = ", ".join(f"{number} {outcome}" for outcome, number in record["counts"].items())

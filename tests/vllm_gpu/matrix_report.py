@@ -253,7 +253,9 @@ def _why(engine: Engine) -> str:
 
 
 def shortened(engine: Engine) -> dict[str, Any]:
-    """An engine for the record: ids and log probabilities as their number and hash."""
+    """An engine for the record: ids and log probabilities as their number and hash, of an error
+    its first line."""
+    error = {"error": _why(engine)} if "error" in engine else {}
     results = {}
     for name, answer in engine.get("results", {}).items():
         rest = {k: v for k, v in answer.items() if k not in ("ids", "logprobs", "step_ms")}
@@ -262,7 +264,7 @@ def shortened(engine: Engine) -> dict[str, Any]:
             **rest, "nwor": _counts(answer["nwor"]), "tokens": sum(map(len, answer["ids"])),
             "ids_hash": digest,
         }  # fmt: skip
-    return {**engine, **({"results": results} if results else {})}
+    return {**engine, **error, **({"results": results} if results else {})}
 
 
 def table(record: Mapping[str, Any]) -> str:
