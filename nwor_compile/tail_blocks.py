@@ -168,28 +168,31 @@ class Redirection:
             for group in groups
         }
 
-    def check(self, block_tables: Mapping[str, Tensor] | None, seq_lens: Tensor | None) -> None:
-        """Raise WindowInputError unless each group has a block table, and there are lengths."""
+    def check(self, block_tables: Mapping[str, Tensor] | None, requests: int = 0) -> None:
+        """Raise WindowInputError unless each slot group has a block table that fits, of at least
+        `requests` rows."""
         if block_tables is None or set(block_tables) != set(self.tables):
             raise WindowInputError(
                 f"block_table: a window with tail blocks needs one for each of "
                 f"{list(self.tables)}, got {None if block_tables is None else list(block_tables)}"
             )
         for group, table in block_tables.items():
-            room = list(self.tables[group].shape)
-            fits = table.dim() == 2 and all(
-                n <= limit for n, limit in zip(table.shape, room, strict=True)
-            )
-            if table.dtype != torch.int32 or not fits:
+            own = self.tables[group]
+            most, columns = own.shape
+            fits = table.dim() == 2 and requests <= table.shape[0] <= most
+            if not fits or table.shape[1] > columns or table.dtype != torch.int32:
                 raise WindowInputError(
-                    f"block_table[{group}]: expected int32 of at most {room}, got {table.dtype} "
-                    f"{list(table.shape)}"
+                    f"block_table[{group}]: expected int32 [{requests} to {most}, at most "
+                    f"{columns}], got {table.dtype} {list(table.shape)}"
                 )
-        if seq_lens is None:
-            raise WindowInputError("seq_lens: a window with tail blocks needs the lengths [R]")
+            if table.device != own.device:
+                raise WindowInputError(
+                    f"block_table[{group}]: expected on {own.device}, got {table.device}"
+                )
 
     def pass_through(self, block_tables: Mapping[str, Tensor]) -> None:
-        """A step without a window: the engine's own entries."""
+        """A step without a window: the engine's own entries. Raises as `check`."""
+        self.check(block_tables)
         for group, table in block_tables.items():
             self.tables[group][: table.shape[0], : table.shape[1]].copy_(table)
 

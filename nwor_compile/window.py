@@ -38,7 +38,7 @@ from nwor_compile.ops.staging import (
 from nwor_compile.poison import poison_open_slots, touched_early
 from nwor_compile.routing import BEGIN, Kept, allocate_routing, clear
 from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
-from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of
+from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of, tail_blocks_needed
 
 log = logging.getLogger("nwor_compile")
 
@@ -112,8 +112,8 @@ class Window:
             layout = layout_of(layers, max_drafts)
             names = dict.fromkeys((groups or {}).get(name, "kv") for name in layers)
             self.redirection = Redirection(tail_blocks, names, layout, max_requests, device)
-            self.staging_rows = max_requests * layout.rows
-            blocks = self.staging_rows // layout.block_size
+            blocks = tail_blocks_needed(max_requests, max_drafts, layout.block_size)
+            self.staging_rows = blocks * layout.block_size
             rows = torch.zeros(self.capacity, dtype=torch.int32, device=device)
         batches = build_batches(layers, groups or {}, self.capacity, state, tail_blocks, blocks)
         self.tensors = WindowTensors(
@@ -207,14 +207,25 @@ class Window:
         counts = self._counts(num_drafts, logit_starts, query_start_loc)
         slots = self._check_begin(counts, query_start_loc, slot_mapping)
         tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        requests = query_start_loc.shape[0] - 1
         if self.redirection is not None:
-            self.redirection.check(tables, seq_lens)
+            self.redirection.check(tables, requests)
+            if seq_lens is None or list(seq_lens.shape) != [requests]:
+                raise WindowInputError(
+                    f"seq_lens: a window with tail blocks needs the lengths [{requests}], got "
+                    f"{None if seq_lens is None else list(seq_lens.shape)}"
+                )
+        tokens = max(mapping.shape[0] for mapping in slots.values())
+        if token_ids is not None and (token_ids.dim() != 1 or token_ids.shape[0] < tokens):
+            raise WindowInputError(
+                f"token_ids: expected [at least {tokens}] (one a slot), got {list(token_ids.shape)}"
+            )
         for name, tensor in (("seq_lens", seq_lens), ("token_ids", token_ids)):
             if tensor is not None:
                 self._check_integer(name, tensor)
         self._knows_ids = token_ids is not None
         self._fake = isinstance(counts, FakeTensor)
-        self._requests = query_start_loc.shape[0] - 1
+        self._requests = requests
         if not self._fake:
             try:
                 with span("nwor.begin"):
@@ -265,8 +276,9 @@ class Window:
         self._expect(State.IDLE, "pass_through")
         if self.redirection is None:
             raise WindowInputError("pass_through: this window has no tail blocks")
-        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
-        self.redirection.pass_through(tables)
+        self.redirection.pass_through(
+            {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        )
 
     def abort(self) -> None:
         """Drop the open window: its staged rows are never committed. The caches keep its certain
@@ -282,7 +294,7 @@ class Window:
     @contextlib.contextmanager
     def step(
         self,
-        num_drafts: Tensor,
+        num_drafts: Tensor | None,
         query_start_loc: Tensor,
         slot_mapping: Tensor | Mapping[str, Tensor],
         **more: Any,
@@ -469,13 +481,14 @@ class Window:
             staging_rows=self.staging_rows,
             tail=layout, seq_lens=seq_lens, token_ids=token_ids,
         )  # fmt: skip
+        if not tensors.staging:  # every row is certain, those that would be drafts too
+            tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
+            clear(routing)
+        # By the routing that holds now: in mode `off` there are no drafts to lead to.
         if self.redirection is not None and tables is not None and seq_lens is not None:
             self.redirection.redirect(
                 tensors.batches, tables, seq_lens, query_start_loc, routing.num_drafts
             )
-        if not tensors.staging:  # every row is certain, those that would be drafts too
-            tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
-            clear(routing)
         if self.config.poison != "off":
             poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
         self._log.begun(tensors, self._requests)
@@ -570,7 +583,7 @@ class Window:
 
     def _close_fake(self, sampled_ids: Tensor, draft_ids: Tensor | None) -> Committed:
         self._state = State.IDLE
-        rows = self.capacity if draft_ids is None else draft_ids.shape[0]
+        rows = self._requests * self.max_drafts if draft_ids is None else draft_ids.shape[0]
         return Committed(
             accepted=sampled_ids.new_zeros(self._requests, dtype=torch.int32),
             mask=sampled_ids.new_zeros(rows, dtype=torch.bool),

@@ -49,7 +49,7 @@ from nwor_compile.passes.rope_match import (
     erase_unused,
     find_rotation,
     name_of,
-    same_value,
+    turned_alike,
 )
 from nwor_compile.passes.rope_plan import (
     between_nodes,
@@ -99,8 +99,7 @@ def find_layer_rope(write: Node, readers: Sequence[Node], touches: Touches) -> L
     q = find_rotation(results.pop(), touches)
     if isinstance(q, str):
         return f"its query: {q}"
-    same = (q.rotary_dim, q.is_neox) == (k.rotary_dim, k.is_neox)
-    if not same or not same_value(q.cos, k.cos) or not same_value(q.sin, k.sin):
+    if not turned_alike(q, k):
         return "query and key are rotated in different ways"
     lookup, other = find_lookup(k, touches), find_lookup(q, touches)
     if isinstance(lookup, str):

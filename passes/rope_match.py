@@ -413,3 +413,9 @@ def _reinterprets(node: Node) -> bool:
     }
     leaves = [leaf for leaf in pytree.tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
     return all(leaf.untyped_storage()._cdata in sources for leaf in leaves)
+
+
+def turned_alike(q: Rotation, k: Rotation) -> bool:
+    """Whether both are rotated by the same angles in the same form."""
+    same = (q.rotary_dim, q.is_neox) == (k.rotary_dim, k.is_neox)
+    return same and same_value(q.cos, k.cos) and same_value(q.sin, k.sin)

@@ -31,7 +31,7 @@ from nwor_compile.passes.calls import (
     value_of,
     view_of,
 )
-from nwor_compile.passes.rope_match import Rotation, find_rotation, same_value
+from nwor_compile.passes.rope_match import Rotation, find_rotation, turned_alike
 from nwor_compile.passes.table import ROTARY_OPS, op_name
 from nwor_compile.passes.touches import Touches
 from nwor_compile.passes.visibility import Write
@@ -242,8 +242,7 @@ def _judge_torch(key: Node, value: Node, write: Write, touches: Touches) -> Torc
     q = find_rotation(queries.pop(), touches)
     if isinstance(q, str):
         return f"its query: {q}"
-    same = (q.rotary_dim, q.is_neox) == (k.rotary_dim, k.is_neox)
-    if not same or not same_value(q.cos, k.cos) or not same_value(q.sin, k.sin):
+    if not turned_alike(q, k):
         return "query and key are rotated in different ways"
     if not covers(view_of(key), value_of(k.result)):
         return "the key that is written is not just the rotated one"

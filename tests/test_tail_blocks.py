@@ -269,9 +269,12 @@ def test_layers_of_different_block_sizes() -> None:
     ("changed", "text"),
     [
         ({"block_table": None}, "needs one for each of"),
+        ({"block_table": torch.zeros(5, 2, dtype=torch.int32)}, r"int32 \[6 to 6, at most"),
         ({"seq_lens": None}, "needs the lengths"),
-        ({"block_table": torch.zeros(6, 99, dtype=torch.int32)}, "expected int32 of at most"),
-        ({"block_table": torch.zeros(6, 2, dtype=torch.int64)}, "expected int32 of at most"),
+        ({"seq_lens": torch.zeros(5, dtype=torch.int32)}, r"needs the lengths \[6\]"),
+        ({"token_ids": torch.zeros(3, dtype=torch.int32)}, "token_ids: expected .at least"),
+        ({"block_table": torch.zeros(6, 99, dtype=torch.int32)}, "expected int32"),
+        ({"block_table": torch.zeros(6, 2, dtype=torch.int64)}, "expected int32"),
         ({"seq_lens": torch.zeros(6)}, "expected int32 or int64"),
     ],
 )
@@ -284,6 +287,28 @@ def test_begin_without_what_tail_blocks_need(changed: dict[str, Any], text: str)
         with pytest.raises(WindowInputError, match=text):
             r.begin(**arguments)
         r.assert_next_window_is_clean()
+
+
+@pytest.mark.parametrize("table", [torch.zeros(7, 1, dtype=torch.int32), torch.zeros(1, 1)])
+def test_pass_through_takes_tables_that_fit(table: Tensor) -> None:
+    with rig(geometries=(F32,), tail=True) as r:
+        before = r.window.block_tables["kv"].clone()
+        with pytest.raises(WindowInputError, match="block_table"):
+            r.window.pass_through(table.to(F32.device))
+        assert torch.equal(r.window.block_tables["kv"], before)
+
+
+def test_mode_off_redirects_nothing(ops: str) -> None:
+    """Every row is certain then, and is in the engine's blocks alone."""
+    with rig(geometries=(F32,), tail=True, mode="off") as r:
+        wanted = direct(r)
+        r.begin()
+        stage(r)
+        table = r.window.block_tables["kv"][: len(MIXED)]
+        assert torch.equal(table[:, : r.batch.block_table.shape[1]], r.batch.block_table)
+        for have, want in zip(attend(r, table), wanted, strict=True):
+            assert same_bits(have, want)
+        r.window.abort()
 
 
 def test_pass_through_is_for_idle_windows_with_tail_blocks() -> None:

@@ -28,7 +28,7 @@ def configure(config: Any) -> list[str]:
     take_name_out(config.compilation_config)
     if settings is None:
         return []
-    problems = backend_refusals(config, settings.attention)
+    problems = backend_refusals(config)
     if settings.mode == "stage":
         problems += refusals(config) + _slot_taken(config)
     if problems:

@@ -255,6 +255,8 @@ CUDA: tuple[Entry, ...] = (
         "kv_raw_tensor.numel() // kv_cache_spec.page_size_bytes", until=CUDA_END,
     ),
     Function(GPU_WORKER, "Worker.determine_available_memory", ("self",), until=CUDA_END),
+    Function(V2_RUNNER, "GPUModelRunner.get_kv_cache_spec", ("self",), until=CUDA_END),
+    Function(RUNNER, "GPUModelRunner.get_kv_cache_spec", ("self",), until=CUDA_END),
     Attributes(V2_RUNNER, "GPUModelRunner", ("block_tables", "kernel_block_sizes"), until=CUDA_END),
     Attributes(
         "v1/worker/gpu/block_table.py", "BlockTables", ("input_block_tables",), until=CUDA_END

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from nwor_compile.vllm_adapter.stored_rows import FP8, PLAIN
+from nwor_compile.vllm_adapter.stored_rows import PLAIN
 from nwor_compile.vllm_adapter.versions import RUN_ON_CUDA
 
 log = logging.getLogger("nwor_compile")
@@ -18,14 +18,16 @@ ROPE_STAGE_OP = "nwor::vllm_rope_stage"
 METHODS = ("eagle", "eagle3", "draft_model", "ngram", "mtp")
 # Backends of vLLM's whose cache is packed as `packed_cache.py` says and whose metadata has a block
 # table, so that they read tail blocks.
-BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+CUDA_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+BACKENDS = (*CUDA_BACKENDS, "CPU_ATTN")
+# Cache dtypes that engines ran with; e5m2 does not start in vLLM 0.26 on a GPU without NWOR either.
+CUDA_FP8 = ("fp8", "fp8_e4m3")
 
 
-def cuda_refusals(config: Any, version: str, attention: str) -> list[str]:
+def cuda_refusals(config: Any, version: str) -> list[str]:
     """What of a CUDA engine's configuration was never seen to work; empty if nothing.
 
-    attention: the setting of this name. See `tests/vllm_gpu`: a row leaves this list when an
-    engine has run there.
+    See `tests/vllm_gpu`: a row leaves this list when an engine has run there.
     """
     found = []
     if version not in RUN_ON_CUDA:
@@ -38,24 +40,25 @@ def cuda_refusals(config: Any, version: str, attention: str) -> list[str]:
             f"method {speculative.method} on CUDA is not supported yet; use {' or '.join(METHODS)}"
         )
     backend = getattr(config.attention_config, "backend", None)
-    if backend is not None and backend.name not in BACKENDS:
+    if backend is not None and backend.name not in CUDA_BACKENDS:
         found.append(
             f"attention backend {backend.name} was never seen to read staged rows; use "
-            f"{' or '.join(BACKENDS)}"
+            f"{' or '.join(CUDA_BACKENDS)}"
         )
     dtype = str(config.model_config.dtype).removeprefix("torch.")
     if dtype not in ("bfloat16", "float16"):
         found.append(f"a {dtype} model on CUDA is not supported yet; use bfloat16 or float16")
     cache = config.cache_config.cache_dtype
-    if cache not in (*PLAIN, *FP8):
-        found.append(f"a {cache} cache on CUDA is not supported; use auto or {' or '.join(FP8)}")
+    if cache not in (*PLAIN, *CUDA_FP8):
+        found.append(
+            f"a {cache} cache on CUDA is not supported; use auto or {' or '.join(CUDA_FP8)}"
+        )
     if config.lora_config is not None:
         found.append("LoRA on CUDA is not supported yet; turn it off")
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0") and attention != "stock":
-        found.append(
-            'NWOR\'s own attention is not batch-invariant; set "attention": "stock", or unset '
-            "VLLM_BATCH_INVARIANT"
-        )
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        found.append("NWOR's own attention is not batch-invariant; unset VLLM_BATCH_INVARIANT")
+    if config.parallel_config.tensor_parallel_size > 1:
+        found.append("tensor parallelism on CUDA is not supported yet; use size 1")
     if getattr(config.parallel_config, "data_parallel_size", 1) > 1:
         found.append("data parallelism on CUDA is not supported yet; use size 1")
     return found

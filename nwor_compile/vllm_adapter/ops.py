@@ -32,8 +32,14 @@ def set_layers(layers: dict[str, LayerStaging], idle: Callable[[], bool] | None 
     """The layers that stage from now on, by vLLM's layer name; replaces the former ones.
 
     idle: says that no window is open.
+
+    Raises ConfigError for a layer whose staging is not in tail blocks: its attention would read the
+    cache alone, and draft rows as whatever is there.
     """
     global _idle
+    blind = [name for name, staging in layers.items() if staging.block_table is None]
+    if blind:
+        raise ConfigError(f"no block table leads to the staged rows of {', '.join(blind)}")
     _idle = idle
     _layers.clear()
     _layers.update(layers)
@@ -92,11 +98,12 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
 
 def _certain_only(staging: LayerStaging) -> bool:
     """Whether this call, made now and not recorded for later, has no draft to stage: then the
-    engine's own write does, which costs the host less. In tail blocks alone, that is on a GPU."""
-    table = staging.block_table
-    if table is None or _idle is None or not _idle():
+    engine's own write does, which costs the host less."""
+    if _idle is None or not _idle():
         return False
-    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
+    table = staging.block_table
+    on_gpu = table is not None and table.is_cuda
+    return not (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
 def _stage_fake(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:

@@ -20,7 +20,8 @@ class Redirected:
         self._made: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, metadata: Any, staging: LayerStaging) -> Any:
-        """`metadata` as it is, or where rows are staged in tail blocks, with their block table."""
+        """`metadata` with the block table of `staging`, which has one; None (a step without
+        attention) as it is."""
         table = staging.block_table
         if metadata is None or table is None:
             return metadata

@@ -27,12 +27,12 @@ SWALLOWS_THE_OP = (
 )
 
 
-def backend_refusals(config: Any, attention: str = "auto") -> list[str]:
+def backend_refusals(config: Any) -> list[str]:
     """What stands against this package's worker and attention backend, in either mode."""
     found = []
     device = config.device_config.device_type
     if device == "cuda":
-        found += cuda_refusals(config, contract.installed()[0], attention)
+        found += cuda_refusals(config, contract.installed()[0])
     elif device != "cpu":
         found.append(f"device {device} is not supported; unset the nwor flag")
     if config.parallel_config.worker_cls != (CUDA_WORKER if device == "cuda" else CPU_WORKER):
@@ -86,6 +86,12 @@ def layer_refusal(name: str, layer: Any) -> str:
             f"layer {name}: NWOR is for decoders, this layer's attention is {kind}; unset the "
             "nwor flag for this model"
         )
+    for field, what in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
+        if getattr(impl, field, None) is not None:
+            return (
+                f"layer {name}: {what} never ran with staged rows; unset the nwor flag for this "
+                "model"
+            )
     return ""
 
 

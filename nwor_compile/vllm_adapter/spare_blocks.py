@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from nwor_compile.tail_blocks import blocks_per_request
+from nwor_compile.tail_blocks import tail_blocks_needed
 
 
 def _pages(spec: Any, max_requests: int, max_drafts: int) -> int:
     """Blocks of the scheduler's size that one group needs. Kernels may cut a block into smaller
     ones, which never need more rows."""
-    return max_requests * blocks_per_request(max_drafts, spec.block_size)
+    return tail_blocks_needed(max_requests, max_drafts, spec.block_size)
 
 
 def bytes_needed(specs: dict[str, Any], max_requests: int, max_drafts: int) -> int:

@@ -31,9 +31,9 @@ def config(**changes: Any) -> Any:
 def test_what_ran_is_not_refused() -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
-    assert cuda_refusals(config(), RAN, "auto") == []
+    assert cuda_refusals(config(), RAN) == []
     flash = SimpleNamespace(name="FLASH_ATTN")
-    assert cuda_refusals(config(attention_config__backend=flash), RAN, "auto") == []
+    assert cuda_refusals(config(attention_config__backend=flash), RAN) == []
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,9 @@ def test_what_ran_is_not_refused() -> None:
         ({"cache_config__cache_dtype": "nvfp4"}, RAN, "nvfp4"),
         ({"model_config__dtype": "torch.float32"}, RAN, "float32"),
         ({"lora_config": object()}, RAN, "LoRA"),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, RAN, "fp8_e5m2"),
+        ({"attention_config__backend": SimpleNamespace(name="CPU_ATTN")}, RAN, "CPU_ATTN"),
+        ({"parallel_config__tensor_parallel_size": 2}, RAN, "tensor parallelism"),
         ({"parallel_config__data_parallel_size": 2}, RAN, "data parallelism"),
         ({"speculative_config__method": "medusa"}, RAN, "medusa"),
     ],
@@ -53,7 +56,7 @@ def test_what_never_ran_is_refused_by_name(
 ) -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
-    (problem,) = cuda_refusals(config(**changes), version, "auto")
+    (problem,) = cuda_refusals(config(**changes), version)
     assert named in problem
 
 
@@ -61,9 +64,8 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from nwor_compile.vllm_adapter.cuda_configure import cuda_refusals
 
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    (problem,) = cuda_refusals(config(), RAN, "auto")
+    (problem,) = cuda_refusals(config(), RAN)
     assert "VLLM_BATCH_INVARIANT" in problem
-    assert not cuda_refusals(config(), RAN, "stock")  # vLLM's own kernels alone
 
 
 def test_drafters_layers_are_known_on_both_runners() -> None:
@@ -166,6 +168,7 @@ def test_a_layer_says_why_it_cannot_be_staged() -> None:
         (layer(), ""), (layer("TRITON_ATTN", kv_cache_dtype="fp8_e5m2"), ""),
         (layer("FLASHINFER"), "FLASHINFER"), (layer(kv_cache_dtype="nvfp4"), "nvfp4"),
         (layer(attn_type="encoder_only"), "encoder_only"),
+        (layer(alibi_slopes=[1.0]), "ALiBi"), (layer(sinks=object()), "attention sinks"),
     ):  # fmt: skip
         reason = layer_refusal("layer", made)
         assert (named in reason) if named else not reason

@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         impl=Impl(found), kv_cache=torch.zeros(1), kv_sharing_target_layer_name=None
     )
     context = SimpleNamespace(
-        attn_metadata={NAME: "metadata"},
+        attn_metadata={NAME: SimpleNamespace(block_table=torch.zeros(1, 1))},
         no_compile_layers={NAME: layer},
         slot_mapping={NAME: torch.zeros(1, dtype=torch.int64)},
     )
@@ -100,7 +100,7 @@ def test_only_layers_of_a_window_stage(calls: list[Any], staged: bool) -> None:
     """A drafter's layer, which no window knows, takes vLLM's own path through the same graph."""
     from nwor_compile.vllm_adapter import ops
 
-    staging: Any = SimpleNamespace(block_table=None)
+    staging: Any = SimpleNamespace(block_table=torch.zeros(1, 1))
     ops.set_layers({NAME: staging} if staged else {})
     before = ops.executions()
     try:
@@ -146,3 +146,12 @@ def test_stock_attention_gets_the_windows_table_and_an_idle_window_the_engines_w
     assert first.seq_lens == "lengths"
     assert impl.metadata is first  # one copy a step and group
     assert metadata.block_table is table
+
+
+def test_a_layer_without_a_block_table_to_its_staged_rows_is_refused() -> None:
+    from nwor_compile.errors import ConfigError
+    from nwor_compile.vllm_adapter import ops
+
+    staging: Any = SimpleNamespace(block_table=None)
+    with pytest.raises(ConfigError, match=f"staged rows of {NAME}"):
+        ops.set_layers({NAME: staging})

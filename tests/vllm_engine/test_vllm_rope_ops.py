@@ -20,7 +20,7 @@ WIDTHS = [HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE]
 class Impl:
     """An attention implementation with plain arithmetic in the place of attention."""
 
-    reads_staging, kv_cache_dtype, attn_type = True, "auto", "decoder"
+    kv_cache_dtype, attn_type = "auto", "decoder"
 
     def __init__(self) -> None:
         self.direct: list[Tensor] = []
