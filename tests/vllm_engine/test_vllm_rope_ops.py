@@ -72,7 +72,8 @@ def staging() -> Any:
     row_map = torch.tensor([-1, 0, 2, -2 - 3, -1], dtype=torch.int32)  # the fourth: to both
     index = torch.zeros(1, dtype=torch.int32)
     routing = Routing(row_map, index, index)
-    return LayerStaging(NAME, rows[0], rows[1], torch.zeros(2, dtype=torch.int32), routing)
+    state, table = torch.zeros(2, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    return LayerStaging(NAME, rows[0], rows[1], state, routing, table)
 
 
 def rotated(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
