@@ -240,6 +240,19 @@ CUDA: tuple[Entry, ...] = (
         COMPILATION, "CompilationConfig",
         ("use_inductor_graph_partition", "splitting_ops"), until=CUDA_END,
     ),
+    # runner.py, where ranks share their error flag.
+    Attributes(
+        "distributed/parallel_state.py", "GroupCoordinator", ("device_communicator",),
+        until=CUDA_END,
+    ),
+    Attributes(
+        "distributed/device_communicators/cuda_communicator.py", "CudaCommunicator",
+        ("pynccl_comm",), until=CUDA_END,
+    ),
+    Function(
+        "distributed/device_communicators/pynccl.py", "PyNcclCommunicator.all_reduce",
+        ("self", "in_tensor", "out_tensor", "op", "stream"), until=CUDA_END,
+    ),
     # graph_split.py: the cut, and that it is looked up where it is replaced.
     Function(
         "compilation/backends.py", "split_graph", ("graph", "splitting_ops"), exact=True,

@@ -57,8 +57,6 @@ def cuda_refusals(config: Any, version: str) -> list[str]:
         found.append("LoRA on CUDA is not supported yet; turn it off")
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         found.append("NWOR's own attention is not batch-invariant; unset VLLM_BATCH_INVARIANT")
-    if config.parallel_config.tensor_parallel_size > 1:
-        found.append("tensor parallelism on CUDA is not supported yet; use size 1")
     if getattr(config.parallel_config, "data_parallel_size", 1) > 1:
         found.append("data parallelism on CUDA is not supported yet; use size 1")
     return found

@@ -285,12 +285,23 @@ def _sharing(ranks: int) -> Callable[[Tensor], None] | None:
     """
     if ranks == 1:
         return None
-    group = get_tp_group().device_group
+    group = get_tp_group()
+    largest = torch.distributed.ReduceOp.MAX
+    nccl = getattr(group.device_communicator, "pynccl_comm", None)
+    if nccl is None or nccl.disabled:
 
-    def share(error: Tensor) -> None:
-        torch.distributed.all_reduce(error, torch.distributed.ReduceOp.MAX, group=group)
+        def share(error: Tensor) -> None:
+            torch.distributed.all_reduce(error, largest, group=group.device_group)
 
-    return share
+        return share
+
+    # On CUDA the communicator that vLLM records in its own graphs. It works on the current stream,
+    # so ranks cannot start this reduction and one of the model's in different orders; and nothing
+    # watches it from another thread, as torch's groups are, which a capture would not bear.
+    def share_by_nccl(error: Tensor) -> None:
+        nccl.all_reduce(error, error, op=largest, stream=torch.cuda.current_stream())
+
+    return share_by_nccl
 
 
 def _stored_dtype(cache_dtype: str) -> str:

@@ -46,7 +46,6 @@ def test_what_ran_is_not_refused() -> None:
         ({"lora_config": object()}, RAN, "LoRA"),
         ({"cache_config__cache_dtype": "fp8_e5m2"}, RAN, "fp8_e5m2"),
         ({"attention_config__backend": SimpleNamespace(name="CPU_ATTN")}, RAN, "CPU_ATTN"),
-        ({"parallel_config__tensor_parallel_size": 2}, RAN, "tensor parallelism"),
         ({"parallel_config__data_parallel_size": 2}, RAN, "data parallelism"),
         ({"speculative_config__method": "medusa"}, RAN, "medusa"),
     ],

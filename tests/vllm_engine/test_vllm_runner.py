@@ -270,7 +270,8 @@ def test_ranks_share_their_error_flag(monkeypatch: pytest.MonkeyPatch, ranks: in
     from nwor_compile.vllm_adapter import runner as module
 
     reduced: list[Any] = []
-    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(device_group="group"))
+    group = SimpleNamespace(device_group="group", device_communicator=None)
+    monkeypatch.setattr(module, "get_tp_group", lambda: group)
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda tensor, op, group: reduced.append((op, group))
     )
@@ -280,6 +281,35 @@ def test_ranks_share_their_error_flag(monkeypatch: pytest.MonkeyPatch, ranks: in
     if share is not None:
         share(torch.zeros(1, dtype=torch.int32))
         assert reduced == [(torch.distributed.ReduceOp.MAX, "group")]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_ranks_share_it_by_the_communicator_that_vllm_captures(
+    monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    """In place, and on the stream that is current when the commit runs, not when it was set up."""
+    from nwor_compile.vllm_adapter import runner as module
+
+    reduced: list[Any] = []
+
+    def all_reduce(source: Any, target: Any, *, op: Any, stream: Any) -> None:
+        reduced.append((source is target, op, stream))
+
+    nccl = SimpleNamespace(disabled=disabled, all_reduce=all_reduce)
+    group = SimpleNamespace(
+        device_group="group", device_communicator=SimpleNamespace(pynccl_comm=nccl)
+    )
+    monkeypatch.setattr(module, "get_tp_group", lambda: group)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, op, group: reduced.append((op, group))
+    )
+    runner, hooks = hooked(ranks=2)
+    share = opened(runner, hooks).tensors.share_error
+    assert share is not None
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "now")
+    share(torch.zeros(1, dtype=torch.int32))
+    largest = torch.distributed.ReduceOp.MAX
+    assert reduced == [(largest, "group") if disabled else (True, largest, "now")]
 
 
 @pytest.mark.parametrize("place", ["forward", "sample"])
