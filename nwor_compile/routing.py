@@ -31,7 +31,8 @@ class Kept(NamedTuple):
     drafts: int32 `[max_requests]`, a copy of the routing's draft counts. error: int32 `[1]`.
     state: int32 `[layers, 2]`, zeroed. counters: int64. rows: int32 `[capacity]`, staging row of
     each draft, or None where draft n has row n. draft_ids: int64 `[capacity]` or None. The last two
-    are 0 past the step's drafts.
+    are 0 past the step's drafts. epoch: int64 `[1]`, needed with tail blocks: counts what happens
+    to them, one for each window and one more after a window that ended with the error flag up.
     """
 
     drafts: Tensor
@@ -40,6 +41,7 @@ class Kept(NamedTuple):
     counters: Tensor
     rows: Tensor | None = None
     draft_ids: Tensor | None = None
+    epoch: Tensor | None = None
 
 
 def allocate_routing(max_tokens: int, max_requests: int, device: torch.device) -> Routing:
@@ -86,7 +88,8 @@ def begin_rows(
         slot_mappings: one `[T]` integer a slot group. A step whose first mapping has no slot at
             all is a warm-up step, which has no drafts whatever its counts.
         routing: its tensors are filled.
-        kept: what the commit needs, written whole; `certain` rows are added to its counters.
+        kept: what the commit needs, written whole; `certain` rows are added to its counters. Its
+            error flag is read first, for the epoch: it is that of the window before.
         slots: one int64 `[> capacity]` a slot group, overwritten: the slots of the drafts in
             their order, -1 behind them. An engine may overwrite its slot mapping before the commit
             (a drafter does), so the window keeps its own.
@@ -133,6 +136,8 @@ def begin_rows(
     routing.tail_start[:requests].copy_(tails)
 
     kept.state.zero_()
+    if tail is not None and kept.epoch is not None:
+        kept.epoch.add_(1 + (kept.error != 0).long())
     kept.error.copy_(bad.to(torch.int32) * BAD_COUNTS + overflow.to(torch.int32) * OVERFLOW)
     kept.drafts.copy_(routing.num_drafts)
     tokens = first.shape[0]

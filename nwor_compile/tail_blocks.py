@@ -11,7 +11,34 @@ the tail, as if the rows had been written:
 
 The rows of the partly filled block are copied to the tail block when the window opens (`redirect`),
 those of the step's own certain tokens by the staged write. Nothing else is copied, and no block of
-the engine's is written before the commit.
+the engine's is written before the commit. What the tail block holds from the step before is not
+copied again.
+
+NOTE [kept tails]: when nothing need be copied.
+Let a window stage request row r, b be the block of its first draft and X that block's number in
+the engine's table. Before the commit, r's first tail block holds rows of b: those before the span,
+which were copied or already there; the span's certain ones, which were mirrored; and drafts. The
+commit copies the accepted drafts to X. So every row of b below the length that the engine goes on
+with is in X and in the tail block with the same bits, and is in both until one of them is written.
+`redirect` notes the epoch, X, b and the step's length in the row's record. At the next window the
+rows before the span are in the tail block if
+- the epoch says that this window comes directly after that one. `begin` adds 1 to it, and 1 more if
+  the window before ended with the error flag up (a layer may have staged nothing); an abort, a
+  begin that failed and a step without a window add 1. A record is stamped with the epoch that the
+  next window has if nothing comes between, and epochs never come again. So the row was staged in
+  the step before, and since then its tail block was written by no other step;
+- block b of row r is X again, and the span begins no further on than the noted length.
+That it is the same request need not be known. Rows of b before the span were computed in earlier
+steps. If there are any, the request had X in the step before already: a block that is allocated for
+this step has no such rows (a prefix hit gives whole blocks, in front of b). In that step X was not
+full of certain tokens, since a draft was to go there; an engine shares full blocks only, so X was
+the block of one request, and of the one in row r. This holds for requests that leave, return, or
+change rows. What it asks of an engine: committed rows of partly filled blocks are written by this
+window's steps alone, in each of which the window begins or passes through; see
+`Window.caches_changed` for the rest.
+Programs of a launch run in any order. So a record has two halves, by the epoch's parity: a window
+reads one and writes the other, and all launches of its batches read the same. The epoch is changed
+by other launches only.
 """
 
 from __future__ import annotations
@@ -99,6 +126,8 @@ def redirect_reference(
     query_start_loc: Tensor,
     num_drafts: Tensor,
     redirected: Tensor,
+    records: Tensor,
+    epoch: Tensor,
     *,
     tail: TailRows,
     first_block: int,
@@ -114,15 +143,19 @@ def redirect_reference(
         seq_lens: `[R]`, tokens of each request, this step's among them. query_start_loc: `[R + 1]`.
         num_drafts: int32 `[>= R]`, the routing's: zero where nothing is redirected.
         redirected: int32 `[>= R, >= columns]`, overwritten as far as `block_table` goes.
+        records: int64 `[>= R, 2, 4]`, contiguous, the slot group's: by row and parity of the epoch,
+            the epoch in which it counts, the engine's block of the first draft, which block of the
+            request that is, and the request's length; see NOTE [kept tails].
+        epoch: int64 `[1]`, which `begin` has counted up.
         tail, first_block: the layout, and where the group's tail blocks begin.
-        write_table: False for a further batch of the same slot group.
+        write_table: False for a further batch of the same slot group; records are left alone too.
         aligned: every head of every cache begins at a multiple of 16 bytes; the kernel's.
     """
     del cache_table, aligned
     requests, rows = seq_lens.shape[0], block_table.shape[0]
     if write_table:
         redirected[:rows, : block_table.shape[1]].copy_(block_table)
-    starts = query_start_loc.tolist()
+    starts, now = query_start_loc.tolist(), int(epoch)
     for r in range(requests):
         drafts, length = int(num_drafts[r]), int(seq_lens[r])
         if drafts == 0:
@@ -131,12 +164,16 @@ def redirect_reference(
         block, place = divmod(length - drafts, size)
         own = first_block + r * (tail.rows // size)
         columns = range(block, (length - 1) // size + 1)
+        source = int(block_table[r, block])
         if write_table:
             for column in columns:
                 redirected[r, column] = own + column - block
+            records[r, now % 2] = records.new_tensor([now + 1, source, block, length])
         committed = length - (starts[r + 1] - starts[r])
+        before = records[r, (now + 1) % 2].tolist()
+        if before[:3] == [now, source, block] and committed <= before[3]:
+            continue
         kept = min(place, max(0, committed - block * size))
-        source = int(block_table[r, block])
         for cache in (*key_caches, *value_caches):
             cache[own, :kept] = cache[source, :kept]
 
@@ -167,6 +204,16 @@ class Redirection:
             group: torch.zeros(max_requests, where.columns, dtype=torch.int32, device=device)
             for group in groups
         }
+        # No epoch is negative.
+        self.records = {
+            group: torch.full((max_requests, 2, 4), -1, dtype=torch.int64, device=device)
+            for group in groups
+        }
+        self.epoch = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def forget(self) -> None:
+        """Let the next window copy whatever its tail blocks share with the cache."""
+        self.epoch.add_(1)
 
     def check(self, block_tables: Mapping[str, Tensor] | None, requests: int = 0) -> None:
         """Raise WindowInputError unless each slot group has a block table that fits, of at least
@@ -193,6 +240,7 @@ class Redirection:
     def pass_through(self, block_tables: Mapping[str, Tensor]) -> None:
         """A step without a window: the engine's own entries. Raises as `check`."""
         self.check(block_tables)
+        self.forget()
         for group, table in block_tables.items():
             self.tables[group][: table.shape[0], : table.shape[1]].copy_(table)
 
@@ -211,8 +259,8 @@ class Redirection:
             group = batch.group
             pick(REDIRECT, num_drafts.device)(
                 batch.key_caches, batch.value_caches, batch.table, block_tables[group], seq_lens,
-                query_start_loc, num_drafts, self.tables[group], tail=self.layout,
-                first_block=self.where.first[group], write_table=group not in written,
-                aligned=batch.aligned,
+                query_start_loc, num_drafts, self.tables[group], self.records[group],
+                self.epoch, tail=self.layout, first_block=self.where.first[group],
+                write_table=group not in written, aligned=batch.aligned,
             )  # fmt: skip
             written.add(group)

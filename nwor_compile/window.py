@@ -232,7 +232,7 @@ class Window:
                     self._route(counts, query_start_loc, slots, tables, seq_lens, token_ids)
             except BaseException:
                 # Half a window would stage the rows of the next forward pass, and lose them.
-                clear(self.tensors.routing)
+                self._drop()
                 raise
             window_opened()
         self._state = State.OPEN
@@ -279,6 +279,17 @@ class Window:
         self.redirection.pass_through(
             {"kv": block_table} if isinstance(block_table, Tensor) else block_table
         )
+
+    def caches_changed(self) -> None:
+        """Say that committed rows were written by other means than steps of this window (loaded
+        from elsewhere, moved to other blocks): tail blocks then keep nothing of the step before.
+        Without tail blocks it does nothing.
+
+        Raises WindowOrderError while a window is open.
+        """
+        self._expect(State.IDLE, "caches_changed")
+        if self.redirection is not None:
+            self.redirection.forget()
 
     def abort(self) -> None:
         """Drop the open window: its staged rows are never committed. The caches keep its certain
@@ -473,6 +484,7 @@ class Window:
         kept = Kept(
             tensors.drafts, tensors.error, tensors.state, tensors.counters, tensors.rows,
             tensors.draft_ids if self._knows_ids else None,
+            None if self.redirection is None else self.redirection.epoch,
         )  # fmt: skip
         layout = None if self.redirection is None else self.redirection.layout
         pick(BEGIN, tensors.error.device)(
@@ -593,6 +605,12 @@ class Window:
     def _finish(self, *, closed: bool = False) -> None:
         """Back to direct mode: a forward pass outside a window stages nothing."""
         if not closed:
-            clear(self.tensors.routing)
+            self._drop()
         window_closed()
         self._state = State.IDLE
+
+    def _drop(self) -> None:
+        """End a step that was not committed: its routing, and what tail blocks would keep of it."""
+        clear(self.tensors.routing)
+        if self.redirection is not None:
+            self.redirection.forget()

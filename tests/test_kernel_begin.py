@@ -74,6 +74,7 @@ def run(
     kept = Kept(
         dirty(max_requests), dirty(1), dirty(300, 2), counters,
         None if tail is None else dirty(capacity), dirty(capacity, dtype=torch.int64),
+        dirty(1, dtype=torch.int64),
     )  # fmt: skip
     slots = [dirty(capacity + 1, dtype=torch.int64) for _ in case.mappings]
     begin(
@@ -87,12 +88,13 @@ def run(
     used = int(kept.drafts.sum())
     assert tail is not None or kept.rows is None
     assert kept.draft_ids is not None
+    assert kept.epoch is not None
     return {
         "row_map": routing.row_map, "num_drafts": routing.num_drafts, "error": kept.error,
         "drafts": kept.drafts, "certain": counters[COUNTERS["certain"]],
         "tail_start": torch.where(routing.num_drafts > 0, routing.tail_start, 0),
         "rows": torch.arange(used) if kept.rows is None else kept.rows,
-        "draft_ids": kept.draft_ids,
+        "draft_ids": kept.draft_ids, "epoch": kept.epoch,
         **{f"slots {index}": own for index, own in enumerate(slots)},
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Geometry, Span, make_batch, paged_arguments, same_bits, write_arguments
+from cases import Batch, Geometry, Span, make_batch, paged_arguments, same_bits, write_arguments
 from torch import Tensor
 from window_support import ALL, MIXED, NONE, SOME, Rig, rig
 
@@ -201,31 +201,58 @@ def test_no_ids_at_all_are_a_fallback() -> None:
         assert r.window.metrics().nwor_fallback_count == 1
 
 
+@pytest.mark.parametrize("epoch", [4, 5])
 @pytest.mark.parametrize("write_table", [True, False])
 @pytest.mark.parametrize("layout", ["nhd", "packed"])
-def test_redirect_kernel_does_what_the_specification_says(layout: str, write_table: bool) -> None:
-    spans = (*MIXED, Span(30, 1, 5), Span(31, 1, 5), Span(32, 1, 5))
+def test_redirect_kernel_does_what_the_specification_says(
+    layout: str, write_table: bool, epoch: int
+) -> None:
+    spans = (*MIXED, Span(30, 1, 5), Span(20, 1, 5), Span(31, 1, 5), Span(32, 1, 5))
     geometry = replace(BF16, layout=layout, block_size=16)
     batch = make_batch(spans, geometry)
     tail = TailRows(16, 32)
     first = batch.blocks
     batch = replace(batch, blocks=first + 2 * len(spans))
-    results = []
+    results: list[tuple[Tensor, ...]] = []
+    records = some_records(batch, epoch)
     for run in (redirect_reference, redirect):
         r = Rig(spans, geometries=(geometry,), max_requests=len(spans), tail=True)
         caches = [layer.cache for layer in r.layers]
         keys, values = [c.key for c in caches], [c.value for c in caches]
         shape = (len(spans) + 2, batch.block_table.shape[1] + 3)
         table = torch.full(shape, 7, dtype=torch.int32, device=F32.device)
+        own_records = records.clone()
         run(
             keys, values, cache_table(keys, values, keys, values), batch.block_table,
-            batch.seq_lens.long(), batch.query_start_loc, batch.num_drafts, table, tail=tail,
-            first_block=first, write_table=write_table,
+            batch.seq_lens.long(), batch.query_start_loc, batch.num_drafts, table, own_records,
+            torch.tensor([epoch], device=F32.device), tail=tail, first_block=first,
+            write_table=write_table,
         )  # fmt: skip
-        results.append((table, *(tensor for c in caches for tensor in c.stored)))
+        results.append((table, own_records, *(tensor for c in caches for tensor in c.stored)))
         r.window.close()
     for want, have in zip(*results, strict=True):
         assert same_bits(have, want)
+    assert torch.equal(results[0][1], records) != write_table
+
+
+def some_records(batch: Batch, epoch: int) -> Tensor:
+    """Records for every way to miss: row 0 is as it was, and each further row of a verify span
+    differs from its step in one field of what counts now."""
+    rows = batch.seq_lens.shape[0]
+    records = torch.full((rows + 2, 2, 4), 77, dtype=torch.int64)
+    field = 0
+    for r in range(rows):
+        if int(batch.num_drafts[r]) == 0:
+            continue
+        length = int(batch.seq_lens[r])
+        block = (length - int(batch.num_drafts[r])) // 16
+        span = int(batch.query_start_loc[r + 1] - batch.query_start_loc[r])
+        was = torch.tensor([epoch, int(batch.block_table[r, block]), block, length - span])
+        if field > 0:
+            was[field - 1] -= 1
+        records[r, (epoch + 1) % 2] = was
+        field = (field + 1) % 5
+    return records.to(F32.device)
 
 
 def test_blocks_of_a_request() -> None:

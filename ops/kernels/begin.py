@@ -51,7 +51,7 @@ def _any_slot(slot_mapping, s_slot, tokens, BLOCK: tl.constexpr):
 )
 def _begin_kernel(
     num_drafts, query_start_loc, seq_lens, slot_mapping, token_ids, row_map, out_drafts, tail_start,
-    drafts_kept, error, state, counters, slots, rows, draft_ids,
+    drafts_kept, error, state, counters, slots, rows, draft_ids, epoch,
     tokens, requests, max_requests, capacity, last_slot, staging_rows, max_drafts, words,
     s_drafts, s_start, s_length, s_slot, s_id, s_counter,
     R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, LOGITS: tl.constexpr,
@@ -140,6 +140,10 @@ def _begin_kernel(
                 if IDS:
                     tl.store(draft_ids + unused, gone, mask=past)
         if FIRST:
+            if TAIL_BLOCK > 0:
+                # The flag is that of the window before; nobody else touches the epoch here.
+                faulty = (tl.load(error) != 0).to(tl.int64)
+                tl.store(epoch, tl.load(epoch) + 1 + faulty)
             tl.store(error, bad * _BAD + overflow * _OVERFLOW)
             last = tl.max(tl.where(real, end, 0), axis=0)
             for padding in range(last, tokens, 1024):
@@ -185,7 +189,7 @@ def begin_rows(
             _begin_kernel[(requests + 1,)](
                 num_drafts, query_start_loc, seq_lens, mapping, ids, routing.row_map,
                 routing.num_drafts, routing.tail_start, kept.drafts, kept.error, kept.state,
-                kept.counters, own, kept.rows, kept.draft_ids,
+                kept.counters, own, kept.rows, kept.draft_ids, kept.epoch,
                 tokens, requests, kept.drafts.shape[0], capacity, own.shape[0] - 1, staging_rows,
                 max_drafts, kept.state.numel(),
                 num_drafts.stride(0), query_start_loc.stride(0),

@@ -1,5 +1,5 @@
 """Launcher of `redirect`: a step's block table with its tails in tail blocks, and the rows that
-those blocks share with the cache, in one launch a batch of layers.
+those blocks share with the cache and do not have yet, in one launch a batch of layers.
 
 The specification is `nwor_compile.tail_blocks.redirect_reference`.
 """
@@ -15,25 +15,34 @@ from torch import Tensor
 from nwor_compile.ops.kernels.launch import bits, cache_strides, on_device
 
 _COLUMNS = 1024  # block table entries of a program
-_ROWS = 4  # cache rows of a program
+_ROWS = 4  # cache rows at a time
+_PROGRAMS = 2048  # copying programs, about: more would come one after another
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
 @triton.jit(
-    do_not_specialize=["requests", "table_rows", "columns", "first_block", "table_programs"]
-)
+    do_not_specialize=[
+        "requests", "table_rows", "columns", "first_block", "table_programs", "units", "parts",
+        "each",
+    ]
+)  # fmt: skip
 def _redirect_kernel(
-    table, element, block_table, seq_lens, query_start_loc, num_drafts, redirected,
-    requests, table_rows, columns, first_block, table_programs,
+    table, element, block_table, seq_lens, query_start_loc, num_drafts, redirected, records, epoch,
+    requests, table_rows, columns, first_block, table_programs, units, parts, each,
     s_table, s_bt_row, s_bt_column, s_length, s_start, s_red_row, s_red_column,
     kc_block, kc_offset, kc_head, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The first `table_programs` programs write the table, one a request and COLUMNS entries; the
-    others copy ROWS rows of one request and layer. TAIL: tail blocks of a request."""
+    """The first `table_programs` programs write the table, one a request and COLUMNS entries. Each
+    of the others copies, of one request, `each` of its `units`: a layer's ROWS rows. `parts` of
+    them are a request's. TAIL: tail blocks of a request.
+
+    Records: NOTE [kept tails] in `nwor_compile.tail_blocks`.
+    """
     program = tl.program_id(0)
+    now = tl.load(epoch)
     if program < table_programs:
         r = program % table_rows
         length = 0
@@ -43,6 +52,13 @@ def _redirect_kernel(
             drafts = tl.load(num_drafts + r)
         first = (length - drafts) // BLOCK_SIZE
         last = tl.where(drafts > 0, (length - 1) // BLOCK_SIZE, -1)
+        if (drafts > 0) & (program < table_rows):
+            noted = records + r.to(tl.int64) * 8 + now % 2 * 4
+            own_block = tl.load(block_table + r.to(tl.int64) * s_bt_row + first * s_bt_column)
+            tl.store(noted, now + 1)
+            tl.store(noted + 1, own_block.to(tl.int64))
+            tl.store(noted + 2, first.to(tl.int64))
+            tl.store(noted + 3, length.to(tl.int64))
         column = (program // table_rows) * COLUMNS + tl.arange(0, COLUMNS)
         entry = tl.load(
             block_table + r.to(tl.int64) * s_bt_row + column * s_bt_column,
@@ -56,36 +72,45 @@ def _redirect_kernel(
         )  # fmt: skip
         return
     program -= table_programs
-    tile = program % TILES
-    r = (program // TILES) % requests
-    layer = program // TILES // requests
+    r = program // parts
+    start = (program % parts) * each
     drafts = tl.load(num_drafts + r)
     length = tl.load(seq_lens + r * s_length).to(tl.int32)
     span = tl.load(query_start_loc + (r + 1) * s_start) - tl.load(query_start_loc + r * s_start)
-    key_cache = tl.load(table + layer).to(element.dtype)
-    value_cache = tl.load(table + s_table + layer).to(element.dtype)
     block = tl.maximum(length - drafts, 0) // BLOCK_SIZE
     place = tl.maximum(length - drafts, 0) % BLOCK_SIZE
-    kept = tl.minimum(place, tl.maximum(0, length - span.to(tl.int32) - block * BLOCK_SIZE))
-    kept = tl.where(drafts > 0, kept, 0)
-    if tile * ROWS < kept:
-        if ALIGNED:
-            key_cache = tl.multiple_of(key_cache, 16)
-            value_cache = tl.multiple_of(value_cache, 16)
-        source = tl.load(block_table + r.to(tl.int64) * s_bt_row + block * s_bt_column).to(tl.int64)
+    committed = length - span.to(tl.int32)
+    kept = tl.minimum(place, tl.maximum(0, committed - block * BLOCK_SIZE))
+    source = tl.load(
+        block_table + r.to(tl.int64) * s_bt_row + block * s_bt_column, mask=drafts > 0, other=0
+    ).to(tl.int64)
+    noted = records + r.to(tl.int64) * 8 + (now + 1) % 2 * 4
+    there = (tl.load(noted) == now) & (tl.load(noted + 1) == source)
+    there = there & (tl.load(noted + 2) == block) & (committed <= tl.load(noted + 3))
+    kept = tl.where(there | (drafts <= 0), 0, kept)
+    if kept > 0:
         own = (first_block + r * TAIL).to(tl.int64)
-        row = tile * ROWS + tl.arange(0, ROWS)
-        for start in tl.static_range(0, H * D, BLOCK):
-            spot = start + tl.arange(0, BLOCK)[None, :]
-            head = (spot // D).to(tl.int64)
-            d = (spot % D).to(tl.int64)
-            inside = (row < kept)[:, None] & (spot < H * D)
-            to_key = row.to(tl.int64)[:, None] * kc_offset + head * kc_head + d * kc_inner
-            to_value = row.to(tl.int64)[:, None] * vc_offset + head * vc_head + d * vc_inner
-            key = tl.load(key_cache + source * kc_block + to_key, mask=inside)
-            value = tl.load(value_cache + source * vc_block + to_value, mask=inside)
-            tl.store(key_cache + own * kc_block + to_key, key, mask=inside)
-            tl.store(value_cache + own * vc_block + to_value, value, mask=inside)
+        for unit in range(start, tl.minimum(start + each, units)):
+            layer = unit // TILES
+            tile = unit % TILES
+            if tile * ROWS < kept:
+                key_cache = tl.load(table + layer).to(element.dtype)
+                value_cache = tl.load(table + s_table + layer).to(element.dtype)
+                if ALIGNED:
+                    key_cache = tl.multiple_of(key_cache, 16)
+                    value_cache = tl.multiple_of(value_cache, 16)
+                row = tile * ROWS + tl.arange(0, ROWS)
+                for low in tl.static_range(0, H * D, BLOCK):
+                    spot = low + tl.arange(0, BLOCK)[None, :]
+                    head = (spot // D).to(tl.int64)
+                    d = (spot % D).to(tl.int64)
+                    inside = (row < kept)[:, None] & (spot < H * D)
+                    to_key = row.to(tl.int64)[:, None] * kc_offset + head * kc_head + d * kc_inner
+                    to_value = row.to(tl.int64)[:, None] * vc_offset + head * vc_head + d * vc_inner
+                    key = tl.load(key_cache + source * kc_block + to_key, mask=inside)
+                    value = tl.load(value_cache + source * vc_block + to_value, mask=inside)
+                    tl.store(key_cache + own * kc_block + to_key, key, mask=inside)
+                    tl.store(value_cache + own * vc_block + to_value, value, mask=inside)
 
 
 def redirect(
@@ -97,6 +122,8 @@ def redirect(
     query_start_loc: Tensor,
     num_drafts: Tensor,
     redirected: Tensor,
+    records: Tensor,
+    epoch: Tensor,
     *,
     tail: Any,
     first_block: int,
@@ -109,17 +136,20 @@ def redirect(
     k_strides, v_strides = cache_strides(key_cache, value_cache)
     requests, (table_rows, columns) = seq_lens.shape[0], block_table.shape
     tables = table_rows * triton.cdiv(columns, _COLUMNS) if write_table else 0
-    tiles = triton.cdiv(tail.block_size - 1, _ROWS)
+    tiles = max(1, triton.cdiv(tail.block_size - 1, _ROWS))
+    units = tiles * len(key_caches)
+    each = triton.cdiv(units * requests, _PROGRAMS)
+    parts = triton.cdiv(units, each)
     with on_device(key_cache):
-        _redirect_kernel[(tables + tiles * requests * len(key_caches),)](
+        _redirect_kernel[(tables + parts * requests,)](
             cache_table, bits(key_cache), block_table, seq_lens, query_start_loc, num_drafts,
-            redirected,
-            requests, table_rows, columns, first_block, tables,
+            redirected, records, epoch,
+            requests, table_rows, columns, first_block, tables, units, parts, each,
             cache_table.stride(0), *block_table.stride(), seq_lens.stride(0),
             query_start_loc.stride(0), *redirected.stride(),
             *k_strides[:3], k_strides.inner, *v_strides[:3], v_strides.inner,
             H=heads, D=size, BLOCK_SIZE=tail.block_size, TAIL=tail.rows // tail.block_size,
             ROWS=_ROWS, BLOCK=min(1024, triton.next_power_of_2(heads * size)), COLUMNS=_COLUMNS,
-            TILES=max(1, tiles), ALIGNED=aligned,
+            TILES=tiles, ALIGNED=aligned,
             num_warps=4,
         )  # fmt: skip
