@@ -302,6 +302,7 @@ class GraphValidator:
     adaptive: bool
     graphs: dict[int, _Captured] = field(default_factory=dict)
     vectorised: dict[str, int] = field(default_factory=dict)
+    known_ids: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -312,11 +313,18 @@ class GraphValidator:
     ) -> Committed:
         """As `validate`. With a graph, the result's tensors are views of the graph's buffers."""
         tensors = self.tensors
-        ids = _ids(tensors, draft_ids, sampled_ids.shape[0])
+        ids = self._known_ids(sampled_ids.shape[0]) if draft_ids is None else draft_ids
         captured = self._graph_for(sampled_ids, ids)
         if captured is None:
             return validate(tensors, sampled_ids, ids, num_sampled, num_rejected)
         return _replay(tensors, captured, sampled_ids, ids, num_sampled, num_rejected)
+
+    def _known_ids(self, requests: int) -> Tensor:
+        """The window's own draft ids: views of a buffer that never moves, so each is kept."""
+        known = self.known_ids.get(requests)
+        if known is None:
+            known = self.known_ids[requests] = _ids(self.tensors, None, requests)
+        return known
 
     def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
         if not sampled_ids.is_cuda:

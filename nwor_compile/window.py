@@ -131,11 +131,15 @@ class Window:
         self.validator = GraphValidator(
             self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
         )
+        self._layer_names = tuple(name for batch in batches for name in batch.names)
         self._log = WindowLog(enabled=self.config.debug)
         self._state = State.IDLE
         self._fake = False
         self._requests = 0
         self._knows_ids = False
+        # Of the last arguments that were found right: another step's mostly look the same.
+        self._right_begin: tuple[object, ...] | None = None
+        self._right_commit: tuple[object, ...] | None = None
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
@@ -150,7 +154,7 @@ class Window:
     @property
     def layer_names(self) -> tuple[str, ...]:
         """The registered layers, in the order of their staging state."""
-        return tuple(name for batch in self.tensors.batches for name in batch.names)
+        return self._layer_names
 
     @property
     def layers(self) -> dict[str, LayerStaging]:
@@ -204,28 +208,25 @@ class Window:
         raise the device-side error flag: the window stages nothing and accepts nothing.
         """
         self._expect(State.IDLE, "begin")
-        counts = self._counts(num_drafts, logit_starts, query_start_loc)
-        slots = self._check_begin(counts, query_start_loc, slot_mapping)
+        if num_drafts is not None and logit_starts is None:
+            name, counts = "num_drafts", num_drafts
+        elif logit_starts is not None and num_drafts is None:
+            name, counts = "logit_starts", logit_starts
+        else:
+            raise WindowInputError("begin: expected one of num_drafts and logit_starts")
+        form = (
+            name, _form(counts), _form(query_start_loc), _form(slot_mapping), _form(block_table),
+            _form(seq_lens), _form(token_ids),
+        )  # fmt: skip
+        slots = {"kv": slot_mapping} if isinstance(slot_mapping, Tensor) else slot_mapping
         tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
-        requests = query_start_loc.shape[0] - 1
-        if self.redirection is not None:
-            self.redirection.check(tables, requests)
-            if seq_lens is None or list(seq_lens.shape) != [requests]:
-                raise WindowInputError(
-                    f"seq_lens: a window with tail blocks needs the lengths [{requests}], got "
-                    f"{None if seq_lens is None else list(seq_lens.shape)}"
-                )
-        tokens = max(mapping.shape[0] for mapping in slots.values())
-        if token_ids is not None and (token_ids.dim() != 1 or token_ids.shape[0] < tokens):
-            raise WindowInputError(
-                f"token_ids: expected [at least {tokens}] (one a slot), got {list(token_ids.shape)}"
-            )
-        for name, tensor in (("seq_lens", seq_lens), ("token_ids", token_ids)):
-            if tensor is not None:
-                self._check_integer(name, tensor)
+        if form != self._right_begin:
+            self._check_counts(name, counts, query_start_loc)
+            self._check_begin(query_start_loc, slots, tables, seq_lens, token_ids)
+            self._right_begin = form
         self._knows_ids = token_ids is not None
         self._fake = isinstance(counts, FakeTensor)
-        self._requests = requests
+        self._requests = query_start_loc.shape[0] - 1
         if not self._fake:
             try:
                 with span("nwor.begin"):
@@ -413,38 +414,30 @@ class Window:
         }[self._state]
         raise WindowOrderError(f"{call}: {advice}")
 
-    def _counts(
-        self, num_drafts: Tensor | None, logit_starts: Tensor | None, query_start_loc: Tensor
-    ) -> Tensor:
-        """Whichever of the two was given, of a shape that fits."""
-        if num_drafts is not None and logit_starts is None:
-            name, given, more = "num_drafts", num_drafts, 0
-        elif logit_starts is not None and num_drafts is None:
-            name, given, more = "logit_starts", logit_starts, 1
-        else:
-            raise WindowInputError("begin: expected one of num_drafts and logit_starts")
-        requests = given.shape[0] - more if given.dim() == 1 else -1
+    def _check_counts(self, name: str, counts: Tensor, query_start_loc: Tensor) -> None:
+        more = int(name == "logit_starts")
+        requests = counts.shape[0] - more if counts.dim() == 1 else -1
         if not 1 <= requests <= self.max_requests:
             raise WindowInputError(
                 f"{name}: expected shape [{1 + more} to {self.max_requests + more}] (max_requests"
-                f"{' and one' if more else ''}), got {list(given.shape)}"
+                f"{' and one' if more else ''}), got {list(counts.shape)}"
             )
         if list(query_start_loc.shape) != [requests + 1]:
             raise WindowInputError(
                 f"query_start_loc: expected shape [{requests + 1}], got "
                 f"{list(query_start_loc.shape)}"
             )
-        self._check_integer(name, given)
-        return given
+        self._check_integer(name, counts)
 
     def _check_begin(
         self,
-        counts: Tensor,
         query_start_loc: Tensor,
-        slot_mapping: Tensor | Mapping[str, Tensor],
-    ) -> Mapping[str, Tensor]:
+        slots: Mapping[str, Tensor],
+        tables: Mapping[str, Tensor] | None,
+        seq_lens: Tensor | None,
+        token_ids: Tensor | None,
+    ) -> None:
         names = list(dict.fromkeys(batch.group for batch in self.tensors.batches))
-        slots = {"kv": slot_mapping} if isinstance(slot_mapping, Tensor) else slot_mapping
         if set(slots) != set(names):
             raise WindowInputError(
                 f"slot_mapping: expected one for each of {names}, got {list(slots)}"
@@ -459,7 +452,22 @@ class Window:
                     f"slot_mapping[{name}]: expected [at most {self.max_tokens}] (max_tokens), got "
                     f"{list(slots[name].shape)}"
                 )
-        return slots
+        if self.redirection is not None:
+            requests = query_start_loc.shape[0] - 1
+            self.redirection.check(tables, requests)
+            if seq_lens is None or list(seq_lens.shape) != [requests]:
+                raise WindowInputError(
+                    f"seq_lens: a window with tail blocks needs the lengths [{requests}], got "
+                    f"{None if seq_lens is None else list(seq_lens.shape)}"
+                )
+        tokens = max(mapping.shape[0] for mapping in slots.values())
+        if token_ids is not None and (token_ids.dim() != 1 or token_ids.shape[0] < tokens):
+            raise WindowInputError(
+                f"token_ids: expected [at least {tokens}] (one a slot), got {list(token_ids.shape)}"
+            )
+        for name, given in (("seq_lens", seq_lens), ("token_ids", token_ids)):
+            if given is not None:
+                self._check_integer(name, given)
 
     def _check_integer(self, name: str, tensor: Tensor) -> None:
         device = self.tensors.error.device
@@ -518,15 +526,21 @@ class Window:
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> Committed:
-        problem = self._problem(sampled_ids, draft_ids, num_sampled, num_rejected)
-        if problem:
-            return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
-        columns = sampled_ids.shape[1]
-        # The counts are on the device; this many drafts are the most that one request can have.
-        given = self.capacity if draft_ids is None else draft_ids.shape[0]
-        longest = min(self.max_drafts, given)
-        if columns < longest + 1:
-            self._log.warn_columns(columns, longest)
+        form = (
+            self._requests, self._knows_ids, _form(sampled_ids), _form(draft_ids),
+            _form(num_sampled), _form(num_rejected),
+        )  # fmt: skip
+        if form != self._right_commit:
+            problem = self._problem(sampled_ids, draft_ids, num_sampled, num_rejected)
+            if problem:
+                return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
+            self._right_commit = form
+            columns = sampled_ids.shape[1]
+            # The counts are on the device; this many drafts are the most that one request can have.
+            given = self.capacity if draft_ids is None else draft_ids.shape[0]
+            longest = min(self.max_drafts, given)
+            if columns < longest + 1:
+                self._log.warn_columns(columns, longest)
         if self.config.scv == "off":
             return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled, num_rejected)
         return self.validator(sampled_ids, draft_ids, num_sampled, num_rejected)
@@ -614,3 +628,12 @@ class Window:
         clear(self.tensors.routing)
         if self.redirection is not None:
             self.redirection.forget()
+
+
+def _form(argument: object) -> tuple[object, ...]:
+    """All that the checks of an argument look at: equal forms are right or wrong together."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    if isinstance(argument, Mapping):
+        return tuple((name, _form(value)) for name, value in argument.items())
+    return (type(argument),)

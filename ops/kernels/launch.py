@@ -1,15 +1,40 @@
-"""What the launchers share: views of raw bits, strides, scales and the device to launch on."""
+"""What the launchers share: views of raw bits, strides, scales, the device to launch on, and
+launches that keep their compiled kernel.
+
+NOTE [kept kernels]: at every launch Triton works out which compiled kernel the arguments call for:
+by their types, by addresses that are multiples of 16, by integers that are 1 or multiples of 16,
+by constants and options. With many arguments that takes 15 to 25 us, several times the launch. A
+window launches the same few kernels in every step, so `KeptLaunch` keeps them, each under a key of
+all that can differ between its launches and would call for another one:
+- dtype and alignment of the tensors that a caller brings, and which of them are missing;
+- integers that Triton specialises on, such as strides, by value;
+- constants.
+A launch whose key is new takes the ordinary way, and keeps the kernel that it was given. Arguments
+outside the key cannot call for another kernel: those fixed for the window, and the integers of
+`do_not_specialize`, whose type alone counts. It is int32, or what the kernel declares; a number
+that does not fit is an OverflowError.
+
+What a kept launch leaves out of the ordinary one: hooks that run before it (`pre_run_hooks`; NWOR's
+kernels have none), and the question whether debug settings or globals that the kernel reads have
+changed since it was compiled. What it does not: it goes to the current stream, which may be under
+capture, of the device that the kernel was loaded on, and a profiler's launch hooks are called.
+Addresses go as integers, so nobody asks the driver whether they are on the device; callers have
+checked. They hold the tensors until the launch is enqueued, as for any other argument.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from nwor_compile.ops.layout import logical_key, logical_value
 
@@ -68,11 +93,103 @@ def scale_stride(scale: Tensor | None) -> int:
     return 0 if scale is None or scale.numel() == 1 else scale.stride(0)
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+def on_device(where: Tensor | torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make it this one, or the tensor's."""
+    device = where.device if isinstance(where, Tensor) else where
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(device)
+
+
+_Argument = Tensor | int | None
+
+
+class KeptLaunch:
+    """Launches of one kernel for one window; see NOTE [kept kernels].
+
+    The parameters of the kernel come in this order: `fixed`, then `pointers`, `strides`, `numbers`
+    and `constants` of each launch.
+
+    Args:
+        kernel: a `triton.jit` function.
+        device: where it runs. A kernel that was compiled and loaded belongs to one device.
+        fixed: arguments that are the same in every launch; tensors are held.
+        options: launch options, `num_warps` and such.
+    """
+
+    def __init__(
+        self, kernel: Any, device: torch.device, fixed: Sequence[_Argument], **options: int
+    ) -> None:
+        self.kernel, self.device, self.options = kernel, device, options
+        self.fixed = tuple(fixed)
+        self.addresses = tuple(_address(argument) for argument in self.fixed)
+        self.kept: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        pointers: Sequence[Tensor | None] = (),
+        strides: tuple[int, ...] = (),
+        numbers: tuple[int, ...] = (),
+        constants: tuple[int, ...] = (),
+    ) -> None:
+        """Launch `programs` programs on the current stream.
+
+        Args:
+            pointers: tensors of the caller's, of any dtype and alignment, or None.
+            strides: integers that the kernel is specialised on.
+            numbers: integers of the kernel's `do_not_specialize`.
+            constants: its constexprs.
+        """
+        places: list[int | None] = []
+        key: list[object] = [constants, strides]
+        for tensor in pointers:
+            if tensor is None:
+                places.append(None)
+                key.append(None)
+            else:
+                place = tensor.data_ptr()
+                places.append(place)
+                key.append((tensor.dtype, place % 16 == 0))
+        kernel = self.kept.get(tuple(key))
+        if kernel is None:
+            arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
+            with on_device(self.device):
+                kernel = self.kernel[(programs,)](*arguments, **self.options)
+            if not INTERPRETED:
+                self._keep(tuple(key), kernel)
+            return
+        arguments = (*self.addresses, *places, *strides, *numbers, *constants)
+        if self.device.index == torch.cuda.current_device():
+            _launch(kernel, programs, self.device, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                _launch(kernel, programs, self.device, arguments)
+
+    def _keep(self, key: tuple[object, ...], kernel: Any) -> None:
+        if len(self.kept) >= _MOST_KEPT:  # strides that change from step to step
+            self.kept.clear()
+        if kernel is not None:  # a hook of Triton's may refuse to compile
+            self.kept[key] = kernel
+
+
+_MOST_KEPT = 64
+
+
+def _address(argument: _Argument) -> int | None:
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, arguments: Sequence[object]) -> None:
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains, or one alone
+        kernel[(programs, 1, 1)](*arguments)
+        return
+    stream = driver.active.get_current_stream(device.index)
+    kernel.run(
+        programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
+        *arguments,
+    )  # fmt: skip
 
 
 @triton.jit

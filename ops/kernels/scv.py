@@ -3,7 +3,7 @@
 NOTE [addresses]: the judge gets its tensors as integers, addresses with a bit that says whether
 the elements are int64. One compiled kernel then serves every dtype, stride and count that an engine
 may come with, so that no step waits for a compiler, and integers are the cheapest arguments of a
-launch. The caller holds the tensors until the launch is enqueued, as for any other argument.
+launch. See NOTE [kept kernels] in `launch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nwor_compile.ops.kernels.launch import INTERPRETED, on_device
+from nwor_compile.ops.kernels.launch import KeptLaunch, on_device
 from nwor_compile.ops.scv import JudgePlan, Verdict
 
 _MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
@@ -279,32 +279,23 @@ def accept_mask(
 
 
 class JudgeLaunch:
-    """Launches the judge of one window.
-
-    Triton works out at every launch which compiled kernel the arguments call for, which takes
-    longer than the launch. Here it can only be the one (NOTE [addresses]), so the first launch
-    keeps it.
-    """
+    """Launches the judge of one window, always the same compiled kernel: see NOTE [addresses]."""
 
     def __init__(self, plan: JudgePlan) -> None:
         # Addresses that are not used must still look like addresses: 0 would be another type.
         self.somewhere = plan.error.data_ptr()
-        self.fixed = (
+        fixed = (
             plan.error, plan.drafts.data_ptr(), plan.staged.data_ptr(), plan.state.data_ptr(),
             plan.state.shape[0], plan.drafts.shape[0],
         )  # fmt: skip
         positions = min(_MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
-        self.meta = (
+        self.constants = (
             plan.id_mismatch, plan.count_mismatch, plan.overflow, _JUDGED, positions, _BLOCK,
         )  # fmt: skip
-        self.compiled: triton.compiler.CompiledKernel | None = None
+        self.launch = KeptLaunch(_judge_kernel, plan.error.device, fixed)
 
-    def __call__(self, programs: int, *arguments: int) -> None:
-        if self.compiled is not None:
-            self.compiled[(programs, 1, 1)](*self.fixed, *arguments, *self.meta)
-            return
-        kernel = _judge_kernel[(programs,)](*self.fixed, *arguments, *self.meta)
-        self.compiled = None if INTERPRETED else kernel
+    def __call__(self, programs: int, *numbers: int) -> None:
+        self.launch(programs, numbers=numbers, constants=self.constants)
 
 
 def judge(
@@ -332,10 +323,9 @@ def judge(
         flags |= HAS_REJECTED | (WIDE_REJECTED if num_rejected.dtype is wide else 0)
         rejected, s_rejected = num_rejected.data_ptr(), num_rejected.stride(0)
     mask, numbers, room, rows = verdict.place
-    with on_device(plan.error):
-        launch(
-            2 + max(0, requests - 1) // _JUDGED, mask or somewhere, numbers or somewhere, room,
-            rows, sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count,
-            rejected, flags, requests, columns, draft_ids.shape[0], s_request, s_column,
-            draft_ids.stride(0), s_count, s_rejected,
-        )  # fmt: skip
+    launch(
+        2 + max(0, requests - 1) // _JUDGED, mask or somewhere, numbers or somewhere, room,
+        rows, sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count,
+        rejected, flags, requests, columns, draft_ids.shape[0], s_request, s_column,
+        draft_ids.stride(0), s_count, s_rejected,
+    )  # fmt: skip
