@@ -193,9 +193,9 @@ class JudgePlan:
     @cached_property
     def launch(self) -> JudgeLaunch:
         """How the kernel is launched for this window; made at the first launch."""
-        from nwor_compile.ops.kernels.scv import JudgeLaunch  # needs Triton
+        from nwor_compile.ops.kernels.scv import judge_launch  # needs Triton
 
-        return JudgeLaunch(self)
+        return judge_launch(self)
 
 
 def judge(

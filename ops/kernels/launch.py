@@ -142,22 +142,20 @@ class KeptLaunch:
             constants: its constexprs.
         """
         places: list[int | None] = []
-        key: list[object] = [constants, strides]
+        kinds: list[tuple[torch.dtype, bool] | None] = []
         for tensor in pointers:
             if tensor is None:
                 places.append(None)
-                key.append(None)
+                kinds.append(None)
             else:
                 place = tensor.data_ptr()
                 places.append(place)
-                key.append((tensor.dtype, place % 16 == 0))
-        kernel = self.kept.get(tuple(key))
+                kinds.append((tensor.dtype, place % 16 == 0))
+        key = (constants, strides, *kinds)
+        kernel = self.kept.get(key)
         if kernel is None:
             arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
-            with on_device(self.device):
-                kernel = self.kernel[(programs,)](*arguments, **self.options)
-            if not INTERPRETED:
-                self._keep(tuple(key), kernel)
+            self._launch_first(programs, key, arguments)
             return
         arguments = (*self.addresses, *places, *strides, *numbers, *constants)
         if self.device.index == torch.cuda.current_device():
@@ -166,11 +164,16 @@ class KeptLaunch:
             with torch.cuda.device(self.device):
                 _launch(kernel, programs, self.device, arguments)
 
-    def _keep(self, key: tuple[object, ...], kernel: Any) -> None:
+    def _launch_first(
+        self, programs: int, key: tuple[object, ...], arguments: tuple[_Argument, ...]
+    ) -> None:
+        with on_device(self.device):
+            kernel = self.kernel[(programs,)](*arguments, **self.options)
+        if INTERPRETED or kernel is None:  # a hook of Triton's may refuse to compile
+            return
         if len(self.kept) >= _MOST_KEPT:  # strides that change from step to step
             self.kept.clear()
-        if kernel is not None:  # a hook of Triton's may refuse to compile
-            self.kept[key] = kernel
+        self.kept[key] = kernel
 
 
 _MOST_KEPT = 64

@@ -8,6 +8,8 @@ launch. See NOTE [kept kernels] in `launch`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -278,24 +280,30 @@ def accept_mask(
     return mask, accepted, mismatch
 
 
-class JudgeLaunch:
-    """Launches the judge of one window, always the same compiled kernel: see NOTE [addresses]."""
+class JudgeLaunch(NamedTuple):
+    """How the judge of one window is launched, always the same compiled kernel: see NOTE
+    [addresses].
 
-    def __init__(self, plan: JudgePlan) -> None:
-        # Addresses that are not used must still look like addresses: 0 would be another type.
-        self.somewhere = plan.error.data_ptr()
-        fixed = (
-            plan.error, plan.drafts.data_ptr(), plan.staged.data_ptr(), plan.state.data_ptr(),
-            plan.state.shape[0], plan.drafts.shape[0],
-        )  # fmt: skip
-        positions = min(_MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
-        self.constants = (
-            plan.id_mismatch, plan.count_mismatch, plan.overflow, _JUDGED, positions, _BLOCK,
-        )  # fmt: skip
-        self.launch = KeptLaunch(_judge_kernel, plan.error.device, fixed)
+    somewhere: stands for addresses that are not used, since 0 would be an integer of another type.
+    """
 
-    def __call__(self, programs: int, *numbers: int) -> None:
-        self.launch(programs, numbers=numbers, constants=self.constants)
+    kept: KeptLaunch
+    constants: tuple[int, ...]
+    somewhere: int
+
+
+def judge_launch(plan: JudgePlan) -> JudgeLaunch:
+    """What every launch over `plan` has in common."""
+    fixed = (
+        plan.error, plan.drafts.data_ptr(), plan.staged.data_ptr(), plan.state.data_ptr(),
+        plan.state.shape[0], plan.drafts.shape[0],
+    )  # fmt: skip
+    positions = min(_MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
+    return JudgeLaunch(
+        KeptLaunch(_judge_kernel, plan.error.device, fixed),
+        (plan.id_mismatch, plan.count_mismatch, plan.overflow, _JUDGED, positions, _BLOCK),
+        plan.error.data_ptr(),
+    )
 
 
 def judge(
@@ -307,10 +315,11 @@ def judge(
     verdict: Verdict,
 ) -> None:
     """`nwor_compile.ops.scv.judge` in one launch."""
-    launch, wide = plan.launch, torch.int64
+    (kept, constants, somewhere), wide = plan.launch, torch.int64
     requests, columns = sampled_ids.shape
     s_request, s_column = sampled_ids.stride()
-    count = rejected = somewhere = launch.somewhere
+    (ids,), (s_draft,) = draft_ids.shape, draft_ids.stride()
+    count = rejected = somewhere
     s_count = s_rejected = flags = 0
     if sampled_ids.dtype is wide:
         flags |= WIDE_SAMPLED
@@ -318,14 +327,17 @@ def judge(
         flags |= WIDE_DRAFTS
     if num_sampled is not None:
         flags |= HAS_COUNT | (WIDE_COUNT if num_sampled.dtype is wide else 0)
-        count, s_count = num_sampled.data_ptr(), num_sampled.stride(0)
+        count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
     if num_rejected is not None:
         flags |= HAS_REJECTED | (WIDE_REJECTED if num_rejected.dtype is wide else 0)
-        rejected, s_rejected = num_rejected.data_ptr(), num_rejected.stride(0)
+        rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
     mask, numbers, room, rows = verdict.place
-    launch(
-        2 + max(0, requests - 1) // _JUDGED, mask or somewhere, numbers or somewhere, room,
-        rows, sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count,
-        rejected, flags, requests, columns, draft_ids.shape[0], s_request, s_column,
-        draft_ids.stride(0), s_count, s_rejected,
+    kept(
+        2 + max(0, requests - 1) // _JUDGED,
+        numbers=(
+            mask or somewhere, numbers or somewhere, room, rows,
+            sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count, rejected,
+            flags, requests, columns, ids, s_request, s_column, s_draft, s_count, s_rejected,
+        ),
+        constants=constants,
     )  # fmt: skip
