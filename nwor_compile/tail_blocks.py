@@ -29,11 +29,11 @@ rows before the span are in the tail block if
   the step before, and since then its tail block was written by no other step;
 - block b of row r is X again, and the span begins no further on than the noted length.
 That it is the same request need not be known. Rows of b before the span were computed in earlier
-steps. If there are any, the request had X in the step before already: a block that is allocated for
-this step has no such rows, as a prefix hit gives whole blocks, all in front of b. In that step X was
-not full of certain tokens, since a draft was to go there; an engine shares full blocks only, so X
-was the block of one request, and of the one in row r. This holds for requests that leave, return or
-change rows. What it asks of an engine: committed rows of partly filled blocks are written by this
+steps. If there are any, the request had X in the step before already: a block that is allocated
+for this step has no such rows, as a prefix hit gives whole blocks, all in front of b. In that step
+X was not full of certain tokens, since a draft was to go there; an engine shares full blocks only,
+so X was the block of one request, and of the one in row r. This holds for requests that leave,
+return or change rows. What it asks of an engine: committed rows of partly filled blocks are written by this
 window's steps alone, in each of which the window begins or passes through. One that fills a part of
 a new block otherwise (a copy on write, a transfer) and gives the request drafts in the same step
 must say so by `Window.caches_changed`.
@@ -46,6 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,7 @@ from nwor_compile.routing import TailRows
 
 if TYPE_CHECKING:
     from nwor_compile.groups import LayerBatch
+    from nwor_compile.ops.kernels.redirect import RedirectConstants
 
 
 @dataclass(frozen=True)
@@ -118,55 +120,67 @@ def tail_rows(cache: Tensor, first: int, blocks: int) -> Tensor:
     return cache[first : first + blocks].flatten(0, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class RedirectPlan:
+    """What all redirections of a batch of layers have in common.
+
+    key_caches, value_caches: one a layer, of equal geometry; their tail blocks are written.
+    cache_table: addresses of the caches; the kernel's.
+    num_drafts: int32 `[>= R]`, the routing's: zero where nothing is redirected.
+    redirected: int32 `[>= R, >= columns]`, overwritten as far as the step's block table goes.
+    records: int64 `[>= R, 2, 4]`, contiguous, the slot group's: by row and parity of the epoch, the
+        epoch in which it counts, the engine's block of the first draft, which block of the request
+        that is, and the request's length; see NOTE [kept tails].
+    epoch: int64 `[1]`, which `begin` has counted up.
+    tail, first_block: the layout, and where the group's tail blocks begin.
+    write_table: False for a further batch of the same slot group; records are left alone too.
+    aligned: every head of every cache begins at a multiple of 16 bytes; the kernel's.
+    """
+
+    key_caches: list[Tensor]
+    value_caches: list[Tensor]
+    cache_table: Tensor
+    num_drafts: Tensor
+    redirected: Tensor
+    records: Tensor
+    epoch: Tensor
+    tail: TailRows
+    first_block: int
+    write_table: bool
+    aligned: bool = False
+
+    @cached_property
+    def constants(self) -> RedirectConstants:
+        """What the kernel is launched with every time; made at the first launch."""
+        from nwor_compile.ops.kernels.redirect import redirect_constants  # needs Triton
+
+        return redirect_constants(self)
+
+
 def redirect_reference(
-    key_caches: list[Tensor],
-    value_caches: list[Tensor],
-    cache_table: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    redirected: Tensor,
-    records: Tensor,
-    epoch: Tensor,
-    *,
-    tail: TailRows,
-    first_block: int,
-    write_table: bool,
-    aligned: bool = False,
+    plan: RedirectPlan, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor
 ) -> None:
     """The specification of `redirect`, the kernel.
 
     Args:
-        key_caches, value_caches: one a layer, of equal geometry; their tail blocks are written.
-        cache_table: addresses of the caches; the kernel's.
         block_table: `[>= R, columns]` int32, the engine's.
         seq_lens: `[R]`, tokens of each request, this step's among them. query_start_loc: `[R + 1]`.
-        num_drafts: int32 `[>= R]`, the routing's: zero where nothing is redirected.
-        redirected: int32 `[>= R, >= columns]`, overwritten as far as `block_table` goes.
-        records: int64 `[>= R, 2, 4]`, contiguous, the slot group's: by row and parity of the epoch,
-            the epoch in which it counts, the engine's block of the first draft, which block of the
-            request that is, and the request's length; see NOTE [kept tails].
-        epoch: int64 `[1]`, which `begin` has counted up.
-        tail, first_block: the layout, and where the group's tail blocks begin.
-        write_table: False for a further batch of the same slot group; records are left alone too.
-        aligned: every head of every cache begins at a multiple of 16 bytes; the kernel's.
     """
-    del cache_table, aligned
+    tail, redirected, records = plan.tail, plan.redirected, plan.records
     requests, rows = seq_lens.shape[0], block_table.shape[0]
-    if write_table:
+    if plan.write_table:
         redirected[:rows, : block_table.shape[1]].copy_(block_table)
-    starts, now = query_start_loc.tolist(), int(epoch)
+    starts, now = query_start_loc.tolist(), int(plan.epoch)
     for r in range(requests):
-        drafts, length = int(num_drafts[r]), int(seq_lens[r])
+        drafts, length = int(plan.num_drafts[r]), int(seq_lens[r])
         if drafts == 0:
             continue
         size = tail.block_size
         block, place = divmod(length - drafts, size)
-        own = first_block + r * (tail.rows // size)
+        own = plan.first_block + r * (tail.rows // size)
         columns = range(block, (length - 1) // size + 1)
         source = int(block_table[r, block])
-        if write_table:
+        if plan.write_table:
             for column in columns:
                 redirected[r, column] = own + column - block
             records[r, now % 2] = records.new_tensor([now + 1, source, block, length])
@@ -175,7 +189,7 @@ def redirect_reference(
         if before[:3] == [now, source, block] and committed <= before[3]:
             continue
         kept = min(place, max(0, committed - block * size))
-        for cache in (*key_caches, *value_caches):
+        for cache in (*plan.key_caches, *plan.value_caches):
             cache[own, :kept] = cache[source, :kept]
 
 
@@ -211,6 +225,18 @@ class Redirection:
             for group in groups
         }
         self.epoch = torch.zeros(1, dtype=torch.int64, device=device)
+        self.plans: list[tuple[str, RedirectPlan]] = []
+
+    def over(self, batches: Iterable[LayerBatch], num_drafts: Tensor) -> None:
+        """Say which layers' tail blocks are filled, and by which draft counts; once."""
+        for batch in batches:
+            group = batch.group
+            plan = RedirectPlan(
+                batch.key_caches, batch.value_caches, batch.table, num_drafts, self.tables[group],
+                self.records[group], self.epoch, self.layout, self.where.first[group],
+                write_table=group not in dict(self.plans), aligned=batch.aligned,
+            )  # fmt: skip
+            self.plans.append((group, plan))
 
     def forget(self) -> None:
         """Let the next window copy whatever its tail blocks share with the cache."""
@@ -246,22 +272,9 @@ class Redirection:
             self.tables[group][: table.shape[0], : table.shape[1]].copy_(table)
 
     def redirect(
-        self,
-        batches: Iterable[LayerBatch],
-        block_tables: Mapping[str, Tensor],
-        seq_lens: Tensor,
-        query_start_loc: Tensor,
-        num_drafts: Tensor,
+        self, block_tables: Mapping[str, Tensor], seq_lens: Tensor, query_start_loc: Tensor
     ) -> None:
         """Fill the tables for an open window, and the tail blocks with the rows they share with
         the cache; see `redirect_reference`."""
-        written: set[str] = set()
-        for batch in batches:
-            group = batch.group
-            pick(REDIRECT, num_drafts.device)(
-                batch.key_caches, batch.value_caches, batch.table, block_tables[group], seq_lens,
-                query_start_loc, num_drafts, self.tables[group], self.records[group],
-                self.epoch, tail=self.layout, first_block=self.where.first[group],
-                write_table=group not in written, aligned=batch.aligned,
-            )  # fmt: skip
-            written.add(group)
+        for group, plan in self.plans:
+            pick(REDIRECT, plan.epoch.device)(plan, block_tables[group], seq_lens, query_start_loc)

@@ -6,13 +6,13 @@ The specification is `nwor_compile.tail_blocks.redirect_reference`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nwor_compile.ops.kernels.launch import bits, cache_strides, on_device
+from nwor_compile.ops.kernels.launch import KeptLaunch, bits, cache_strides
 
 _COLUMNS = 1024  # block table entries of a program
 _ROWS = 4  # cache rows at a time
@@ -22,15 +22,17 @@ _PROGRAMS = 2048  # copying programs, about: more would come one after another
 # Counts change from step to step: specialising on them would compile again in the middle of one.
 @triton.jit(
     do_not_specialize=[
-        "requests", "table_rows", "columns", "first_block", "table_programs", "units", "parts",
+        "first_block", "units", "requests", "table_rows", "columns", "table_programs", "parts",
         "each",
     ]
 )  # fmt: skip
 def _redirect_kernel(
-    table, element, block_table, seq_lens, query_start_loc, num_drafts, redirected, records, epoch,
-    requests, table_rows, columns, first_block, table_programs, units, parts, each,
-    s_table, s_bt_row, s_bt_column, s_length, s_start, s_red_row, s_red_column,
+    table, element, num_drafts, redirected, records, epoch, first_block, units,
+    s_table, s_red_row, s_red_column,
     kc_block, kc_offset, kc_head, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
+    block_table, seq_lens, query_start_loc,
+    s_bt_row, s_bt_column, s_length, s_start,
+    requests, table_rows, columns, table_programs, parts, each,
     H: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -56,9 +58,9 @@ def _redirect_kernel(
             noted = records + r.to(tl.int64) * 8 + now % 2 * 4
             own_block = tl.load(block_table + r.to(tl.int64) * s_bt_row + first * s_bt_column)
             tl.store(noted, now + 1)
-            tl.store(noted + 1, own_block.to(tl.int64))
-            tl.store(noted + 2, first.to(tl.int64))
-            tl.store(noted + 3, length.to(tl.int64))
+            tl.store(noted + 1, own_block)
+            tl.store(noted + 2, first)
+            tl.store(noted + 3, length)
         column = (program // table_rows) * COLUMNS + tl.arange(0, COLUMNS)
         entry = tl.load(
             block_table + r.to(tl.int64) * s_bt_row + column * s_bt_column,
@@ -113,43 +115,50 @@ def _redirect_kernel(
                     tl.store(value_cache + own * vc_block + to_value, value, mask=inside)
 
 
-def redirect(
-    key_caches: list[Tensor],
-    value_caches: list[Tensor],
-    cache_table: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    num_drafts: Tensor,
-    redirected: Tensor,
-    records: Tensor,
-    epoch: Tensor,
-    *,
-    tail: Any,
-    first_block: int,
-    write_table: bool,
-    aligned: bool = False,
-) -> None:
-    """`nwor_compile.tail_blocks.redirect_reference` in one launch."""
-    key_cache, value_cache = key_caches[0], value_caches[0]
+class RedirectConstants(NamedTuple):
+    """What every launch over a `RedirectPlan` has in common. units: a layer's _ROWS rows each."""
+
+    kept: KeptLaunch
+    constants: tuple[int, ...]
+    units: int
+    write_table: bool
+
+
+def redirect_constants(plan: Any) -> RedirectConstants:
+    """The constants of `plan`, a `RedirectPlan`."""
+    key_cache, value_cache, tail = plan.key_caches[0], plan.value_caches[0], plan.tail
     heads, size = key_cache.shape[2:]
     k_strides, v_strides = cache_strides(key_cache, value_cache)
-    requests, (table_rows, columns) = seq_lens.shape[0], block_table.shape
-    tables = table_rows * triton.cdiv(columns, _COLUMNS) if write_table else 0
     tiles = max(1, triton.cdiv(tail.block_size - 1, _ROWS))
-    units = tiles * len(key_caches)
-    each = triton.cdiv(units * requests, _PROGRAMS)
-    parts = triton.cdiv(units, each)
-    with on_device(key_cache):
-        _redirect_kernel[(tables + parts * requests,)](
-            cache_table, bits(key_cache), block_table, seq_lens, query_start_loc, num_drafts,
-            redirected, records, epoch,
-            requests, table_rows, columns, first_block, tables, units, parts, each,
-            cache_table.stride(0), *block_table.stride(), seq_lens.stride(0),
-            query_start_loc.stride(0), *redirected.stride(),
-            *k_strides[:3], k_strides.inner, *v_strides[:3], v_strides.inner,
-            H=heads, D=size, BLOCK_SIZE=tail.block_size, TAIL=tail.rows // tail.block_size,
-            ROWS=_ROWS, BLOCK=min(1024, triton.next_power_of_2(heads * size)), COLUMNS=_COLUMNS,
-            TILES=tiles, ALIGNED=aligned,
-            num_warps=4,
-        )  # fmt: skip
+    units = tiles * len(plan.key_caches)
+    fixed = (
+        plan.cache_table, bits(key_cache), plan.num_drafts, plan.redirected, plan.records,
+        plan.epoch, plan.first_block, units, plan.cache_table.stride(0), *plan.redirected.stride(),
+        *k_strides[:3], k_strides.inner, *v_strides[:3], v_strides.inner,
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(heads * size))
+    return RedirectConstants(
+        KeptLaunch(_redirect_kernel, key_cache.device, fixed, num_warps=4),
+        (
+            heads, size, tail.block_size, tail.rows // tail.block_size, _ROWS, block, _COLUMNS,
+            tiles, int(plan.aligned),
+        ),
+        units,
+        plan.write_table,
+    )  # fmt: skip
+
+
+def redirect(plan: Any, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> None:
+    """`nwor_compile.tail_blocks.redirect_reference` in one launch."""
+    kept, constants, units, write_table = plan.constants
+    (requests,), (table_rows, columns) = seq_lens.shape, block_table.shape
+    tables = table_rows * -(-columns // _COLUMNS) if write_table else 0
+    each = -(-units * requests // _PROGRAMS)
+    parts = -(-units // each)
+    kept(
+        tables + parts * requests,
+        (block_table, seq_lens, query_start_loc),
+        (*block_table.stride(), *seq_lens.stride(), *query_start_loc.stride()),
+        (requests, table_rows, columns, tables, parts, each),
+        constants,
+    )
