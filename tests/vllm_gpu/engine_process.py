@@ -6,7 +6,7 @@ answer: what was started. Then one answer a command; the end of the commands end
 Options: model: `tiny`, or the arguments of a LlamaConfig, or the folders `{"target": PATH,
 "drafter": PATH or null}`; nwor: settings, or null for stock vLLM; speculative: further arguments of
 speculative_config; llm: further arguments of LLM; kv_scales: scales of K and V in an fp8 cache;
-soft_cap: of the attention's logits.
+soft_cap: of the attention's logits; filled: no tensor is left uninitialised.
 Command: prompts (lists of ids), max_tokens, temperature, audit; seed: of what is drawn for requests
 without one; logprobs: report those of the tokens.
 """
@@ -68,8 +68,22 @@ def _named(target: Path | str, drafter: Path | str | None, speculation: Any) -> 
     return {"model": str(target), "speculative_config": {**named, **speculation}}
 
 
+def fill_uninitialised_memory() -> None:
+    """Fill what `empty` allocates, in C++ as well, so that no kernel reads what was there before.
+
+    What an earlier kernel left in the same memory depends on all allocations before it, so engines
+    that differ in any allocation may differ in what such a read gives.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 class Engine:
     """The LLM and what is read from it."""
+
+    counted = COUNTED
 
     def __init__(self, options: dict[str, Any], folder: Path) -> None:
         from vllm import LLM
@@ -90,6 +104,8 @@ class Engine:
             arguments["additional_config"] = {"nwor": options["nwor"]}
         if arguments.get("load_format") == matrix_weights.FORMAT:
             matrix_weights.register()
+        if options.get("filled"):
+            fill_uninitialised_memory()
         if options.get("kv_scales"):
             matrix_weights.scale_caches(*options["kv_scales"])
         if options.get("soft_cap"):
@@ -151,10 +167,10 @@ class Engine:
 
     def _counters(self) -> dict[str, Any]:
         found: dict[str, Any] = {"positions": [0] * self.drafts}
-        found |= dict.fromkeys(COUNTED.values(), 0)
+        found |= dict.fromkeys(self.counted.values(), 0)
         for metric in self.llm.get_metrics():
-            if metric.name in COUNTED:
-                found[COUNTED[metric.name]] = metric.value
+            if metric.name in self.counted:
+                found[self.counted[metric.name]] = metric.value
             if metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos":
                 found["positions"] = list(metric.values)
         found["nwor"] = self.llm.collective_rpc("nwor_metrics")[0] if self.staged else {}
@@ -212,7 +228,8 @@ def _cache_facts(worker: Any) -> dict[str, Any]:
 
 def _window(impl: Any) -> int:
     """Of an attention layer, in tokens; 0: it sees all."""
-    return int((getattr(impl, "sliding_window", None) or (-1, -1))[0]) + 1
+    window = getattr(impl, "sliding_window", None) or (-1, -1)
+    return int(window if isinstance(window, int) else window[0]) + 1  # an int in the CPU engine
 
 
 def _runner_name(worker: Any) -> str:
@@ -225,13 +242,13 @@ def _attention_name(worker: Any) -> list[str]:
     return sorted({type(layer.impl).__name__ for layer in layers.values()})
 
 
-def main() -> None:
+def main(kind: type[Engine] = Engine) -> None:
     """Keep the answers' pipe to ourselves; file descriptor 1 becomes stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     options = json.loads(Path(sys.argv[1]).read_text())
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(options, Path(folder))
+        engine = kind(options, Path(folder))
         print(json.dumps(engine.facts()), file=answers, flush=True)
         for line in sys.stdin:
             print(json.dumps(engine.generate(json.loads(line))), file=answers, flush=True)

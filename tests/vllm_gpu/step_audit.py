@@ -51,7 +51,8 @@ class StepAudit:
     def end(self) -> dict[str, Any]:
         """Totals since `begin`."""
         self.on = False
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return {"rows": dict(self.rows.totals), "graphs": dict(self.modes)}
 
     # V2: slots, spans and draft counts are known when the attention is prepared.
