@@ -41,7 +41,7 @@ class NworConfig(BaseModel):
     strict: bool = False
     debug: bool = False
     attention: Literal["auto", "stock", "fused"] = "auto"
-    rope: Literal["fused", "separate"] = "separate"
+    rope: Literal["fused", "separate"] = "fused"
     poison: Literal["off", "nan", "large"] = "off"
 
     @classmethod

@@ -19,7 +19,7 @@ def test_the_defaults() -> None:
     config = NworConfig.load()
     assert config.model_dump() == {
         "mode": "stage", "scv": "graph", "strict": False, "debug": False, "poison": "off",
-        "attention": "auto", "rope": "separate",
+        "attention": "auto", "rope": "fused",
     }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_settings_cannot_change_under_a_window() -> None:
 
 def test_run_time_settings_stay_out_of_the_compile_key() -> None:
     key = NworConfig().compile_key()
-    assert key == {"mode": "stage", "strict": False, "rope": "separate"}
+    assert key == {"mode": "stage", "strict": False, "rope": "fused"}
     assert NworConfig(scv="off", debug=True, poison="large").compile_key() == key
     assert NworConfig(mode="off").compile_key() != key
     assert NworConfig(strict=True).compile_key() != key

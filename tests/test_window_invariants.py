@@ -571,7 +571,7 @@ def test_invariant_9_everything_that_changes_the_graph_is_in_the_key_and_nothing
     base = NworConfig()
     changes: dict[str, Any] = {
         "mode": "off", "strict": True, "scv": "off", "debug": True, "poison": "nan",
-        "attention": "stock", "rope": "fused",
+        "attention": "stock", "rope": "separate",
     }  # fmt: skip
     assert set(changes) == set(NworConfig.model_fields)
     changed = {

@@ -119,14 +119,14 @@ def test_the_environment_switches_on_and_enters_the_cache_key(
 ) -> None:
     monkeypatch.setenv("VLLM_NWOR_MODE", " Stage ")
     config = configured()
-    assert config.additional_config["nwor"] == {"mode": "stage", "strict": True, "rope": "separate"}
+    assert config.additional_config["nwor"] == {"mode": "stage", "strict": True, "rope": "fused"}
 
 
 def test_run_time_settings_stay_out_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_SCV_MODE", "adaptive")
     monkeypatch.setenv("VLLM_NWOR_DEBUG", "1")
     config = configured(STAGE)
-    assert config.additional_config["nwor"] == {"mode": "stage", "strict": True, "rope": "separate"}
+    assert config.additional_config["nwor"] == {"mode": "stage", "strict": True, "rope": "fused"}
     settings = requested(config.additional_config)
     assert settings is not None
     assert settings.scv == "adaptive"

@@ -21,6 +21,7 @@ SETTLED = {"combo_kernels": True, "benchmark_combo_kernel": False}
 KINDS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "stage": {"mode": "stage", **STOCK_ATTENTION},
+    "separate": {"mode": "stage", **STOCK_ATTENTION, "rope": "separate"},
     "nan": {"mode": "stage", **STOCK_ATTENTION, "poison": "nan"},
     "large": {"mode": "stage", **STOCK_ATTENTION, "poison": "large"},
     "auto": {"mode": "stage", "attention": "auto"},
@@ -31,7 +32,9 @@ KINDS: dict[str, dict[str, Any] | None] = {
 }
 CONTROLS = ("off", "again")
 # Their token ids must equal the other kind's.
-EQUAL_TO = {"stage": "stock", "nan": "stock", "large": "stock", "auto": "auto off"}
+EQUAL_TO = {
+    "stage": "stock", "separate": "stock", "nan": "stock", "large": "stock", "auto": "auto off",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Case:
         moe: needs the kernels for mixtures of experts.
         speculative, llm, environment: further settings. drafter: what its config has otherwise
             than `matrix_models.drafter` makes it. kv_scales: of an fp8 cache. soft_cap: of the
-            attention's logits.
+            attention's logits. filled: in engines that leave no memory uninitialised.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Case:
     drafter: Mapping[str, Any] = field(default_factory=dict)
     kv_scales: tuple[float, float] | None = None
     soft_cap: float | None = None
+    filled: bool = False
 
     def options(self, kind: str, folder: Path) -> dict[str, Any]:
         """Options of `engine_process.py`; writes the model's folders where it needs any."""
@@ -99,6 +103,7 @@ class Case:
             "llm": llm,
             "kv_scales": self.kv_scales,
             "soft_cap": self.soft_cap,
+            "filled": self.filled,
         }
 
     def _blocks(self) -> int:
@@ -141,6 +146,7 @@ CASES: dict[str, Case] = _named(
     tiny__eagle=_case(kinds=("stock", "stage", "nan")),
     tiny__eagle__large=_case(kinds=("stock", "large"), backend="TRITON_ATTN"),
     tiny__eagle__auto=_case(kinds=("stock", "auto", "auto off")),
+    tiny__eagle__separate=_case(kinds=("stock", "separate")),
     tiny__eagle__k1=_case(k=1),
     tiny__eagle__k8=_case(k=8),
     tiny__eagle__k17=_case(k=17),
@@ -186,7 +192,8 @@ CASES: dict[str, Case] = _named(
     llama64__eagle3=_case("llama64", method="eagle3"),
     llama64__eagle3__triton=_case("llama64", method="eagle3", **TRITON),
     llama64__eagle__fp8=_case("llama64", cache="fp8"),
-    llama64__eagle__other_heads=_case("llama64", drafter={"num_key_value_heads": 8}),
+    llama64__eagle__separate=_case("llama64", kinds=("stock", "separate")),
+    llama64__eagle__other_heads=_case("llama64", drafter={"num_key_value_heads": 8}, filled=True),
     llama128mqa__eagle=_case("llama128mqa"),
     llama128mqa__eagle__triton=_case("llama128mqa", **TRITON, k=8),
     llama96mha__eagle=_case("llama96mha"),
@@ -204,7 +211,7 @@ CASES: dict[str, Case] = _named(
     gemma2__draft__fp8=_case("gemma2", **DRAFT, cache="fp8"),
     gemma2__ngram=_case("gemma2", **NGRAM),
     gemma3__eagle=_case("gemma3"),
-    gemma3__eagle__soft_cap=_case("gemma3", soft_cap=5.0),
+    gemma3__eagle__soft_cap=_case("gemma3", soft_cap=5.0, filled=True),
     gemma3__eagle__triton__soft_cap=_case("gemma3", **TRITON, soft_cap=5.0),
     gemma3__eagle__fp8=_case("gemma3", cache="fp8"),
     gemma3__eagle__k17=_case("gemma3", k=17),
@@ -213,8 +220,8 @@ CASES: dict[str, Case] = _named(
     gemma3__eagle__triton__e4m3=_case("gemma3", **TRITON, cache="fp8_e4m3"),
     gemma3__eagle__nan=_case("gemma3", kinds=("stock", "nan")),
     gemma3__eagle__preempted=_case("gemma3", small_cache=110),
-    gemma3__eagle__other_heads=_case("gemma3", drafter={"num_key_value_heads": 4}),
-    gemma3__draft=_case("gemma3", **DRAFT),
+    gemma3__eagle__other_heads=_case("gemma3", drafter={"num_key_value_heads": 4}, filled=True),
+    gemma3__draft=_case("gemma3", **DRAFT, filled=True),
     gemma3__ngram=_case("gemma3", **NGRAM),
     mistral__eagle=_case("mistral"),
     mistral__eagle__fp8=_case("mistral", cache="fp8"),
