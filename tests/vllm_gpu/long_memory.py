@@ -14,6 +14,7 @@ MIB = 1 << 20
 ALLOWED = {
     "allocated": 1 * MIB, "reserved": 32 * MIB, "rss": 16 * MIB, "process": 40 * MIB,
 }  # fmt: skip
+DEVICE = 64 * MIB  # the whole device, once the two engines of the soak have it to themselves
 WARM = 60.0
 LEAST = 8
 
@@ -86,3 +87,12 @@ def judged(
     if not any(isinstance(entry["grew"], int) for entry in found.values()):
         problems.append("memory: nothing was sampled for long enough")
     return found, problems
+
+
+def alone(ours: Sequence[Mapping[str, Any]], since: float) -> tuple[dict[str, Any], list[str]]:
+    """The device's memory from `since` on, when no other engine started or ended any more. Not
+    judged (`grew` is None) where that was too short, or nothing was sampled."""
+    grew = growth(ours, "device", max(since, WARM))
+    wrong = grew is not None and grew > DEVICE
+    found = {"since": round(since, 1), "grew": grew, "allowed": DEVICE}
+    return found, [f"memory: the device's grew by {grew} bytes"] if wrong else []

@@ -10,6 +10,9 @@ from matrix_cases import KINDS
 BASELINE = {"stage": "stock", "nan": "stock", "auto": "auto off"}
 """An engine's tokens and cached rows must be those of the other kind's engine."""
 DRAFTS = 4
+GRAPHS = (5, 10, 20, 40, 80, 160, 240, 320, 480)
+"""Fewer than vLLM's 50 sizes, since a dozen engines start at once. FULL up to 64 requests of five
+tokens, PIECEWISE for mixed batches, and larger ones without a graph."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ class Part:
             "max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 1024,
             "block_size": 16, "num_gpu_blocks_override": self.blocks,
             "kv_cache_memory_bytes": 1 << 30, "attention_backend": "FLASH_ATTN",
+            "compilation_config": {"cudagraph_capture_sizes": list(GRAPHS)},
         }  # fmt: skip
         if device == "cpu":
             # Blocks of its kernel, and prompts in one step: its sampler cannot seed parts of one.
             llm |= {"block_size": 32, "max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 28}
-            del llm["attention_backend"]
+            del llm["attention_backend"], llm["compilation_config"]
         nwor = KINDS[kind]
         if device == "cpu":
             # Stock's cache there is no cache of rows; this kernel on direct writes has one.

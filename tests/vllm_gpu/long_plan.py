@@ -57,8 +57,11 @@ class Plan:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Plan:
         """From JSON."""
-        pairs = {name: tuple(values[name]) for name in ("prompt", "length") if name in values}
-        return cls(**{**values, **pairs})
+        arguments = dict(values)
+        for name in ("prompt", "length"):
+            if name in values:
+                arguments[name] = tuple(values[name])
+        return cls(**arguments)
 
     def requests(
         self, text: Sequence[int], earlier: Sequence[tuple[list[int], list[int]]] = ()

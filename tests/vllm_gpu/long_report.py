@@ -25,9 +25,16 @@ DEVIATIONS = 4.0
 
 
 def part_report(
-    part: Part, engines: Mapping[str, Mapping[str, Any]], decode: Decode
+    part: Part,
+    engines: Mapping[str, Mapping[str, Any]],
+    decode: Decode,
+    others_until: float = 0.0,
 ) -> dict[str, Any]:
-    """Evidence and problems of one part. engines: `facts` and `runs`, or `error`, by kind."""
+    """Evidence and problems of one part.
+
+    engines: `facts` and `runs`, or `error`, by kind. others_until: when the last engine of a part
+    that is not endless ended, on the clock of the runs' `began`.
+    """
     problems: list[str] = []
     found: dict[str, Any] = {"kinds": {}, "against": {}, "problems": problems}
     for kind in part.kinds:
@@ -53,6 +60,9 @@ def part_report(
             problems += [f"{kind}, {name}: {text}" for text in compared["problems"]]
             if part.endless and kind == "stage":
                 found["memory"], wrong = long_memory.judged(run["memory"], other["memory"])
+                problems += wrong
+                since = others_until - run["began"]
+                found["memory"]["device"], wrong = long_memory.alone(run["memory"], since)
                 problems += wrong
     if "auto" in part.kinds and "stock" in part.kinds:
         found["kernels"], wrong = _kernels(part, engines)
@@ -288,7 +298,7 @@ def divergences(ours: Run, theirs: Run) -> dict[str, Any]:
 
 def shortened(run: Run) -> dict[str, Any]:
     """A run for the record: ids, ends and looks as their number and hash."""
-    left_out = ("ids", "prompts", "scores", "ended", "memory", "watched")
+    left_out = ("ids", "prompts", "scores", "ended", "memory", "watched", "began")
     watched = {name: value for name, value in run["watched"].items() if name != "looks"}
     looks = run["watched"]["looks"]
     rows = COLUMNS.index("rows")

@@ -52,6 +52,7 @@ class LongRun:
         self.parts, self.given, self.scratch, self.logs = chosen, given, scratch, logs
         self.deadline = time.monotonic() + given.seconds
         self.engines: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in chosen}
+        self.others_until = time.monotonic()
         self._places = threading.BoundedSemaphore(given.jobs)
 
     def run(self) -> None:
@@ -83,13 +84,15 @@ class LongRun:
                     if part.endless:
                         longest = min(longest, 60 * self.given.minutes)
                     run = engine.ask(self._left(), **command, limit=longest)
-                    found["runs"][command["name"]] = run
+                    found["runs"][command["name"]] = {**run, "began": begin}
                     self._say(part, kind, f"{command['name']}: {run['tokens']} tokens", begin)
             except EngineFailed as failure:
                 found["error"] = str(failure)
                 self._say(part, kind, f"failed: {str(failure).splitlines()[0]}", start)
             finally:
                 engine.close(1 if "error" in found else 10)
+                if not part.endless:
+                    self.others_until = time.monotonic()
 
     def _say(self, part: Part, kind: str, what: str, since: float) -> None:
         seconds = time.monotonic() - since
@@ -98,14 +101,18 @@ class LongRun:
     def _start(self, part: Part, kind: str) -> EngineProcess:
         name = f"{part.name}.{kind.replace(' ', '_')}"
         folder = self.scratch / name
-        (folder / "cache").mkdir(parents=True)
+        folder.mkdir(parents=True)
+        caches = (self.given.cache or self.scratch).resolve()
+        cache = caches / f"cache.{name}"
+        cache.mkdir(parents=True, exist_ok=True)
         # What vLLM finds out about a model's class takes a process of its own; all share it.
-        (self.scratch / "modelinfos").mkdir(exist_ok=True)
-        (folder / "cache" / "modelinfos").symlink_to(self.scratch / "modelinfos")
+        (caches / "modelinfos").mkdir(exist_ok=True)
+        if not (cache / "modelinfos").exists():
+            (cache / "modelinfos").symlink_to(caches / "modelinfos")
         options = folder / "options.json"
         options.write_text(json.dumps(part.options(kind, self.given.device)))
         environment = {
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CACHE_ROOT": str(cache),
             "TORCHINDUCTOR_COMPILE_THREADS": "2",
             "OMP_NUM_THREADS": "1" if self.given.device == "cpu" else "2",
             "PYTHONUNBUFFERED": "1",
@@ -147,6 +154,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", default="", help="of the package, for the record")
     parser.add_argument("--logs", type=Path, default=None)
+    parser.add_argument("--cache", type=Path, default=None, help="keeps what vLLM compiled")
     given = parser.parse_args()
     known = parts(given.tokens, given.device)
     if unknown := set(given.parts) - set(known):
@@ -167,7 +175,9 @@ def main() -> int:
 
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     record["parts"] = {
-        name: long_report.part_report(part, run.engines[name], tokenizer.decode)
+        name: long_report.part_report(
+            part, run.engines[name], tokenizer.decode, others_until=run.others_until
+        )
         for name, part in chosen.items()
     }
     record["problems"] = [

@@ -49,6 +49,7 @@ class CacheShadow:
         drafts: most of a request. looks: how many are kept; later ones are counted only.
     """
 
+    @torch.inference_mode()
     def __init__(self, caches: Sequence[Tensor], blocks: int, drafts: int, looks: int) -> None:
         if len({cache.shape[1] for cache in caches}) != 1:
             raise ValueError("the layers have blocks of different sizes")
@@ -72,6 +73,7 @@ class CacheShadow:
         self._looks = torch.zeros(looks, len(COLUMNS), dtype=torch.int64, device=device)
         self.steps = self.looked = 0
 
+    @torch.inference_mode()
     def forget(self) -> None:
         """Start counting again. What is known of the rows stays."""
         self._positions.zero_()
@@ -79,6 +81,7 @@ class CacheShadow:
         self._looks.zero_()
         self.steps = self.looked = 0
 
+    @torch.inference_mode()
     def follow(self, step: Step, sampled: Tensor) -> None:
         """The step sampled and committed; nothing else has run since. sampled `[R]`: new tokens
         of each request, of which all but one are accepted drafts."""
@@ -106,6 +109,7 @@ class CacheShadow:
         self._written, self._spans = written, spans
         self.steps += 1
 
+    @torch.inference_mode()
     def look(self, step: Step | None = None, known: Tensor | None = None) -> None:
         """Compare the whole cache with the copy; and after `follow` of a step, the blocks of its
         requests with their ids, `known` before it: `[R, length]`."""

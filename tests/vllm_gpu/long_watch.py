@@ -58,7 +58,7 @@ class LongWatch:
         step, self._step = self._step, None
         if step is None:
             return
-        self.shadow.follow(step, sampled)
+        self.shadow.follow(step, sampled[: step.drafts.shape[0]])
         if self.every and self.shadow.steps % self.every == 0:
             self.shadow.look(step, self._known())
 
@@ -76,7 +76,8 @@ class LongWatch:
             lengths=batch.seq_lens[:requests].long(),
             table=result[0][0],
         )
-        self._known = lambda: self.runner.req_states.all_token_ids.gpu[batch.idx_mapping[:requests]]
+        places = batch.idx_mapping[:requests].long()
+        self._known = lambda: self.runner.req_states.all_token_ids.gpu[places]
         return result
 
     def _sample_v2(self, original: Any, *args: Any, **kwargs: Any) -> Any:

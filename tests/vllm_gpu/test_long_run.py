@@ -225,6 +225,31 @@ def test_memory_that_was_not_sampled_for_long_enough_is_a_problem() -> None:
     assert long_memory.judged([], [])[1]
 
 
+def test_the_devices_memory_is_judged_once_the_others_are_gone() -> None:
+    rows = [{"seconds": 5.0 * i, "device": (400 << 20) * (i < 40)} for i in range(97)]
+    assert long_memory.alone(rows, 205.0) == (
+        {"since": 205.0, "grew": 0, "allowed": long_memory.DEVICE}, [],
+    )  # fmt: skip
+    rows[80:] = [{**row, "device": 200 << 20} for row in rows[80:]]
+    assert long_memory.alone(rows, 205.0)[1]
+    assert long_memory.alone(rows, 470.0) == (
+        {"since": 470.0, "grew": None, "allowed": long_memory.DEVICE}, [],
+    )  # fmt: skip
+
+
+def test_memory_of_a_soak_is_in_its_report() -> None:
+    soak = Part("soak", ("stage", "stock"), 9, {"soak": {"tokens": 0}}, endless=True)
+    found = {
+        kind: {"facts": {}, "runs": {"soak": run(memory=samples(rate), cut=True, began=0.0)}}
+        for kind, run, rate in (("stage", a_run, 1e6), ("stock", stock_run, 0))
+    }
+    report = long_report.part_report(soak, found, decode)
+    assert len(report["problems"]) == 2
+    assert all("grew by" in text for text in report["problems"])
+    found["stage"]["runs"]["soak"]["memory"] = samples(0)
+    assert long_report.part_report(soak, found, decode)["problems"] == []
+
+
 def test_a_sample_is_of_this_process() -> None:
     first = long_memory.sample(0.0, 1)
     kept = bytearray(64 << 20)
@@ -437,6 +462,12 @@ for line in sys.stdin:
 """
 
 
+def namespace(seconds: float) -> argparse.Namespace:
+    return argparse.Namespace(
+        seconds=seconds, jobs=4, stagger=0, device="cuda", minutes=1, cache=None
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("fault", ["", "dies", "differs"])
 def test_the_driver_reports_what_its_engines_did(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -448,7 +479,7 @@ def test_the_driver_reports_what_its_engines_did(
         text.replace("DIES", str(fault == "dies")).replace("DIFFERS", str(fault == "differs"))
     )
     monkeypatch.setattr(long_run, "SCRIPT", script)
-    given = argparse.Namespace(seconds=60, jobs=4, stagger=0, device="cuda", minutes=1)
+    given = namespace(60)
     run = long_run.LongRun({"small": SMALL}, given, tmp_path / "scratch", tmp_path)
     run.run()
     found = long_report.part_report(SMALL, run.engines["small"], decode)
@@ -468,7 +499,7 @@ def test_a_late_engine_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     script = tmp_path / "hangs.py"
     script.write_text("import time; time.sleep(600)")
     monkeypatch.setattr(long_run, "SCRIPT", script)
-    given = argparse.Namespace(seconds=1, jobs=4, stagger=0, device="cuda", minutes=1)
+    given = namespace(1)
     start = time.monotonic()
     run = long_run.LongRun({"small": SMALL}, given, tmp_path / "scratch", tmp_path)
     run.run()
