@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SPREAD = Spread.of([10.0, 12.0, 20.0])
 OURS = (
     names.FUSED_APART, names.STAGE_APART, names.FUSED_TAIL, names.STAGE_TAIL, names.ROPE,
-    names.ROPE_STAGE, names.OPEN, names.COMMIT, names.PATH_APART, names.PATH_FUSED,
-    names.ROPE_FUSED,
+    names.ROPE_STAGE, names.OPEN, names.OPEN_FIRST, names.COMMIT, names.PATH_APART,
+    names.PATH_FUSED, names.ROPE_FUSED,
 )  # fmt: skip
 SMALL = Point(3, 40, heads=4, kv_heads=2, size=16)
 
@@ -147,6 +147,24 @@ def test_runs_of_a_point_do_what_they_are_timed_for(point: Point) -> None:
         assert int(tensors.error) == 0
 
 
+def test_opening_behind_a_window_copies_where_requests_crossed_into_a_block() -> None:
+    point = replace(SMALL, batch=8, context=60)
+    with contextlib.closing(Batch(point, device="cpu", pool_bytes=2**22, max_requests=8)) as batch:
+        place = [n - 4 - (n - 4) // 16 * 16 for n in batch.lengths.tolist()]
+        assert len(batch.crossing) == round(8 * 0.138)
+        tail = batch.redirected.gather(1, (batch.lengths[:, None] - 4) // 16)[:, 0]
+        key = batch.caches[-1][0]
+        for opening in (batch.open, batch.open, batch.open_first, batch.open, batch.open_first):
+            key[batch.first_tail :] = 7
+            opening()
+            for r, block in enumerate(tail.tolist()):
+                copied = opening == batch.open_first or r in batch.crossing
+                rows = max(0, place[r] - 1) if copied else 0
+                assert (key[block] != 7).flatten(1).all(1).tolist() == [
+                    row < rows for row in range(16)
+                ]
+
+
 def test_attention_that_differs_is_not_timed() -> None:
     with contextlib.closing(Batch(SMALL, device="cpu", pool_bytes=2**20, max_requests=8)) as batch:
         batch.redirected = batch.table.roll(1, 0)
@@ -219,12 +237,28 @@ def test_the_readme_quotes_the_path_that_auto_takes_and_leaves_out_what_was_not_
 
 def test_moves_of_a_step_are_those_of_its_rows() -> None:
     moved = kernels_bytes.counted(4, 0.25, 4)
-    # First drafts at rows 0 to 3 of their block: 3 of 4 mirror, 0 + 0 + 1 + 2 older rows copied.
-    assert (moved.parts["mirrored"], moved.parts["copied in"]) == (3 / 4, 2 * 3 / 4)
+    # First drafts at rows 0 to 3 of their block: 3 of 4 mirror, and before those are 0, 0, 1, 2
+    # older rows. Three passed or more: all of them may be new to the block; two: those of row 2.
+    passed = kernels_bytes.chances(4, 0.25)
+    copied = 2 * (passed[2] * 1 + (passed[3] + passed[4]) * 3) / 4
+    assert (moved.parts["mirrored"], moved.parts["copied in"]) == (3 / 4, pytest.approx(copied))
     assert moved.direct == 10
-    assert moved.staged == 5 + 1 + 4 + 3 / 4 + 3 / 2 + 2
+    assert moved.staged == pytest.approx(5 + 1 + 4 + 3 / 4 + copied + 2)
+    assert moved.first == pytest.approx(5 + 1 + 4 + 3 / 4 + 2 * 3 / 4 + 2)
     assert moved.in_rope == moved.staged - 2.5
     assert (moved.cache_rows_direct, moved.cache_rows_staged) == (5, 2)
+    none, every = (kernels_bytes.counted(4, rate, 4) for rate in (0.0, 1.0))
+    assert (none.parts["copied in"], none.crossing) == pytest.approx((0, 1 / 4))
+    assert every.staged == pytest.approx(every.first)
+    assert every.crossing == pytest.approx(1)
+
+
+def test_as_many_drafts_pass_as_was_said() -> None:
+    for drafts, rate in kernels_bytes.CASES:
+        found = kernels_bytes.chances(drafts, rate)
+        assert len(found) == drafts + 1
+        assert sum(found) == pytest.approx(1)
+        assert sum(n * chance for n, chance in enumerate(found)) == pytest.approx(rate * drafts)
 
 
 def test_a_record_is_shown_and_drawn_without_baselines(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ FUSED_APART = "verify"  # the same, tail from memory apart
 WRITE = "vLLM's write"
 STAGE_TAIL = "stage into tail blocks"
 STAGE_APART = "stage"
-OPEN, COMMIT = "open", "commit"
+# Opening as in a row of windows, where few requests have rows to copy; and where all have.
+OPEN, OPEN_FIRST, COMMIT = "open", "open, all rows to copy", "commit"
 # Everything that a step does for its layers:
 DIRECT_PATH = "FA3 path"  # direct write, then FlashAttention
 PATH_FA3, PATH_FUSED = "staged path, FA3", "staged path, fused"
@@ -205,6 +206,7 @@ def _our_runs(batch: Batch) -> dict[str, Run]:
     }
     runs |= {
         OPEN: batch.open,
+        OPEN_FIRST: batch.open_first,
         COMMIT: batch.commit,
         PATH_APART: batch.path_apart,
         PATH_FUSED: functools.partial(batch.path, batch.stage, batch.fused),
@@ -240,7 +242,7 @@ def check(batch: Batch, flash: Flash | None, splits: int | None) -> _Checks:
     other's output but for rounding. `verify_attention` reads such rows from memory apart already.
     Raises RuntimeError if something differs.
     """
-    batch.open()
+    batch.open_first()
     batch.take_rows_from_cache(0)
     written = batch.paged(0, batch.table)
     batch.stage(0)

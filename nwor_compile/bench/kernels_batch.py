@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from nwor_compile import NworConfig, Window, ops
 from nwor_compile.attention_choice import prefers_fused
+from nwor_compile.bench.kernels_bytes import counted
 from nwor_compile.bench.kernels_points import BLOCK_SIZE, Point
 from nwor_compile.ops.layout import cache_dtype
 from nwor_compile.ops.library import pick
-from nwor_compile.routing import BEGIN, Kept
-from nwor_compile.tail_blocks import TailBlocks, tail_blocks_needed
+from nwor_compile.routing import BEGIN
+from nwor_compile.tail_blocks import REDIRECT, RedirectPlan, TailBlocks, tail_blocks_needed
 
 LAYERS = 32
 # More than this and requests share the blocks of a layer, which are still far more than L2 holds.
@@ -72,6 +74,7 @@ class Batch:
             self.num_drafts, self.starts, self.slots, block_table=self.table, seq_lens=self.lengths
         )
         self.redirected = self.window.block_tables["kv"][: point.batch]
+        self._first, self._behind = self._redirect_plans()
 
     def close(self) -> None:
         """Close the window: the caches may be another's."""
@@ -223,21 +226,50 @@ class Batch:
         )  # fmt: skip
 
     def open(self) -> None:
-        """The kernels that open a window, as `Window.begin` starts them."""
-        window, tensors = self.window, self.window.tensors
-        redirection = window.redirection
+        """The kernels that open a window right behind another one, as `Window.begin` starts them.
+
+        As many requests as move on to another block in a step, if `ACCEPTANCE` of the drafts pass,
+        have rows to copy; the others' tail blocks have them.
+        """
+        self._open(self._behind)
+
+    def open_first(self) -> None:
+        """The same for a first window: every request has rows to copy."""
+        self._open(self._first)
+
+    def _open(self, plan: RedirectPlan) -> None:
+        pick(BEGIN, self.device)(
+            self.window.opening, self.num_drafts, self.starts, [self.slots], self.lengths
+        )
+        pick(REDIRECT, self.device)(plan, self.table, self.lengths, self.starts)
+
+    def _redirect_plans(self) -> tuple[RedirectPlan, RedirectPlan]:
+        """How tables are redirected in a first window, and in one behind another.
+
+        The window's own plan with records and an epoch that stay as they are: epoch 0 reads the
+        second half of a record and writes the first.
+        """
+        redirection, requests = self.window.redirection, self.point.batch
         if redirection is None:
             raise RuntimeError("the window of a benchmark point has no tail blocks")
-        kept = Kept(tensors.drafts, tensors.error, tensors.state, tensors.counters, tensors.rows)
-        pick(BEGIN, self.device)(
-            self.num_drafts, self.starts, [self.slots], tensors.routing, kept,
-            [tensors.batches[0].slots], max_drafts=window.max_drafts, capacity=window.capacity,
-            staging_rows=window.staging_rows, tail=redirection.layout, seq_lens=self.lengths,
-        )  # fmt: skip
-        redirection.redirect(
-            tensors.batches, {"kv": self.table}, self.lengths, self.starts,
-            tensors.routing.num_drafts,
-        )  # fmt: skip
+        ((_, plan),) = redirection.plans
+        first = replace(
+            plan, epoch=torch.zeros_like(plan.epoch), records=torch.full_like(plan.records, -1)
+        )
+        position = (self.lengths - self.num_drafts).long()
+        block, place = position // BLOCK_SIZE, (position % BLOCK_SIZE).tolist()
+        own = self.table.gather(1, block[:, None])[:, 0].long()
+        records = first.records.clone()
+        records[:requests, 1] = torch.stack(
+            [torch.zeros_like(block), own, block, self.lengths.long()], 1
+        )
+        # The first rows of a block are where requests are that just got there; from row 2 on there
+        # is something to copy.
+        share = counted(self.point.span - 1, ACCEPTANCE, BLOCK_SIZE).crossing
+        order = sorted(range(requests), key=lambda r: (place[r] < 2, place[r]))
+        self.crossing = order[: round(share * requests)]
+        records[self.crossing, 1] = -1
+        return first, replace(first, records=records)
 
     def commit(self) -> None:
         """Our commit of all layers, from tail blocks."""

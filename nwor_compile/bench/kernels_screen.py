@@ -69,14 +69,14 @@ def _moves(record: KernelsRecord, console: Console) -> None:
         return
     columns = list(record.moves[0].parts)
     table = Table(
-        "drafts", "accepted", "direct", "staged", *columns, "ratio", "in RoPE",
+        "drafts", "accepted", "direct", "staged", *columns, "ratio", "in RoPE", "first window",
         title="rows read and written, a request and layer (counted)",
     )  # fmt: skip
     for row in record.moves:
         table.add_row(
             str(row.drafts), f"{row.accepted:.0%}", f"{row.direct:.1f}", f"{row.staged:.1f}",
             *(f"{row.parts[name]:.1f}" for name in columns), f"{row.ratio:.2f}",
-            f"{row.in_rope_ratio:.2f}",
+            f"{row.in_rope_ratio:.2f}", f"{row.first:.1f}",
         )  # fmt: skip
     console.print(table)
 
@@ -85,8 +85,8 @@ def _moves(record: KernelsRecord, console: Console) -> None:
 _SHOWN = {
     "FA3": names.FA3, "FA3 tail": names.FA3_TAIL, "fused": names.FUSED_TAIL,
     "verify": names.FUSED_APART, "write": names.WRITE, "stage": names.STAGE_TAIL,
-    "open": names.OPEN, "commit": names.COMMIT, "RoPE": names.ROPE, "RoPE+stage": names.ROPE_STAGE,
-    "FA3 path": names.DIRECT_PATH,
+    "open": names.OPEN, "open first": names.OPEN_FIRST, "commit": names.COMMIT,
+    "RoPE": names.ROPE, "RoPE+stage": names.ROPE_STAGE, "FA3 path": names.DIRECT_PATH,
 }  # fmt: skip
 _PATHS = {"FA3": names.PATH_FA3, "fused": names.PATH_FUSED}
 
