@@ -10,6 +10,7 @@ from nwor_compile.errors import ConfigError
 from nwor_compile.passes.layer_ops import LayerOps
 from nwor_compile.vllm_adapter.cuda_configure import NWOR_CUDA_WORKER, cut_at_twins, fuses_rope
 from nwor_compile.vllm_adapter.graph_pass import VllmNworPass
+from nwor_compile.vllm_adapter.offload_configure import use_connector
 from nwor_compile.vllm_adapter.refusals import backend_refusals, refusals
 from nwor_compile.vllm_adapter.settings import FIELD, PASS_SLOT, requested, take_name_out
 
@@ -42,6 +43,7 @@ def configure(config: Any) -> list[str]:
         options = config.compilation_config.inductor_compile_config
         rope = fuses_rope(config, settings.rope)
         options[PASS_SLOT] = VllmNworPass(LayerOps(), strict=settings.strict, rope=rope)
+        use_connector(config)
     if config.device_config.device_type == "cuda":
         if settings.mode == "stage":
             cut_at_twins(config.compilation_config)

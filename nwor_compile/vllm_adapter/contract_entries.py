@@ -28,6 +28,9 @@ V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
 REGISTRY = "v1/attention/backends/registry.py"
 COMPILATION = "config/compilation.py"
 METRICS = "v1/metrics/prometheus.py"
+OFFLOADING = "distributed/kv_transfer/kv_connector/v1/offloading_connector.py"
+OFFLOADING_SCHEDULER = "distributed/kv_transfer/kv_connector/v1/offloading/scheduler.py"
+OFFLOADING_WORKER = "distributed/kv_transfer/kv_connector/v1/offloading/worker.py"
 
 # plugin.py, settings.py, named_pass.py, graph_pass.py
 SWITCH: tuple[Entry, ...] = (
@@ -376,7 +379,59 @@ SAMPLER: tuple[Entry, ...] = (
     ),
 )  # fmt: skip
 
+# offload.py, offload_configure.py; see NOTE [offload], whose numbers these are
+OFFLOAD: tuple[Entry, ...] = (
+    Names(
+        "config/kv_transfer.py", "KVTransferConfig",
+        (
+            "kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_role",
+        ),
+    ),
+    Text(
+        "distributed/kv_transfer/kv_connector/factory.py",
+        "KVConnectorFactory.get_connector_class",
+        "importlib.import_module(connector_module_path)",
+    ),
+    Function(
+        OFFLOADING, "OffloadingConnector.__init__",
+        ("self", "vllm_config", "role", "kv_cache_config"), exact=True,
+    ),
+    Attributes(OFFLOADING, "OffloadingConnector", ("connector_scheduler", "connector_worker")),
+    Function(OFFLOADING, "OffloadingConnector.register_kv_caches", ("self", "kv_caches")),
+    Function(
+        OFFLOADING, "OffloadingConnector.get_required_kvcache_layout", ("cls", "vllm_config")
+    ),
+    Attributes(OFFLOADING_WORKER, "OffloadingConnectorWorker", ("kv_cache_config",)),
+    # 1 and 4: tokens whose ids are known, counted in one place.
+    Function(
+        OFFLOADING_SCHEDULER, "OffloadingConnectorScheduler._calc_num_offloadable_tokens",
+        ("self", "req_status", "num_computed_tokens"),
+    ),
+    Text(
+        OFFLOADING_SCHEDULER, "OffloadingConnectorScheduler._calc_num_offloadable_tokens",
+        "min(num_computed_tokens, req_status.req.num_tokens)",
+    ),
+    # 2: stores wait for the next step, and the copy for the main stream.
+    Text(
+        OFFLOADING_WORKER, "OffloadingConnectorWorker.prepare_store_kv",
+        "self._unsubmitted_store_jobs.append((job_id, entry.src_spec, entry.dst_spec))",
+    ),
+    Text(
+        "v1/kv_offload/cpu/gpu_worker.py", "SingleDirectionOffloadingHandler.transfer_async",
+        "stream.wait_stream(current_platform.current_stream())", until=CUDA_END,
+    ),
+    Text(
+        V2_RUNNER, "GPUModelRunner.sample_tokens",
+        "self.kv_connector.post_forward(finished_req_ids)", until=CUDA_END,
+    ),
+    # 3: freed blocks wait for the steps that may still write them.
+    Text(
+        "v1/core/sched/scheduler.py", "Scheduler.__init__",
+        "multiple_inflight_batches and kv_transfer_config.is_kv_consumer", until=CUDA_END,
+    ),
+)  # fmt: skip
+
 CONTRACT: tuple[Entry, ...] = (
     *SWITCH, *CONFIGURATION, *WORKER, *WINDOW, *TWINS, *TAIL_BLOCKS, *CPU_ATTENTION, *CUDA,
-    *FIGURES, *SAMPLER,
+    *FIGURES, *SAMPLER, *OFFLOAD,
 )  # fmt: skip

@@ -56,6 +56,10 @@ PATCHES: dict[str, Patch] = {
     "GPUModelRunner.sample": Patch(
         ("hidden_states", "input_batch", "grammar_output"), "commit after it"
     ),
+    # In the scheduler of a staged engine with vLLM's OffloadingConnector.
+    "OffloadingConnectorScheduler._calc_num_offloadable_tokens": Patch(
+        ("req_status", "num_computed_tokens"), "store no row that was never computed"
+    ),
     # In engines of the benchmark harness and of the tests, on vLLM's CPU engine.
     "rejection_sampler.expand_batch_to_tokens": Patch(
         ("x", "cu_num_tokens", "num_tokens"), "repairs the temperatures of drafts"

@@ -13,6 +13,7 @@ from typing import Any
 
 from nwor_compile.vllm_adapter import contract
 from nwor_compile.vllm_adapter.cuda_configure import BACKENDS, CUDA_WORKER, cuda_refusals
+from nwor_compile.vllm_adapter.offload_configure import connector_refusals
 from nwor_compile.vllm_adapter.stored_rows import FP8, PLAIN
 
 log = logging.getLogger("nwor_compile")
@@ -111,11 +112,7 @@ def _parallelism(config: Any) -> list[str]:
 
 
 def _cache_use(config: Any) -> list[str]:
-    found = []
-    if config.kv_transfer_config is not None:
-        found.append(
-            "KV connectors may save a layer's rows before the commit; remove kv_transfer_config"
-        )
+    found = connector_refusals(config)
     if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
         found.append("kv_sharing_fast_prefill skips tokens; turn it off")
     # Gone after 0.26, where the option has no effect any more.
