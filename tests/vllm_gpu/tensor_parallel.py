@@ -66,13 +66,15 @@ def config_of(model: str, *, head: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options(model: str, *, staged: bool, custom_all_reduce: bool) -> dict[str, Any]:
-    """Of `tensor_parallel_engine.py`."""
+def options(
+    model: str, *, staged: bool, custom_all_reduce: bool, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of `tensor_parallel_engine.py`. settings: further ones of NWOR's."""
     return {
         "model": config_of(model, head=False),
         "head": config_of(model, head=True),
         "ranks": RANKS,
-        "nwor": {"mode": "stage", "attention": "stock"} if staged else None,
+        "nwor": {"mode": "stage", "attention": "stock", **(settings or {})} if staged else None,
         "speculative": {
             "method": "eagle", "num_speculative_tokens": DRAFTS, **synthetic(DRAFTS),
         },
@@ -120,18 +122,19 @@ def commands(vocabulary: int, *, staged: bool) -> dict[str, dict[str, Any]]:
 
 def run_engine(
     name: str, given: Mapping[str, Any], folder: Path, logs: Path, deadline: float,
-    quiet: Callable[[], None],
+    quiet: Callable[[], None], *, filled: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Start an engine and let it work; `facts` and `results` by run, or `error`.
 
     quiet: called between what is compared and what is timed; comes back when no other engine works.
+    filled: no memory is left uninitialised, see `engine_process.fill_uninitialised_memory`.
     """
     place = folder / name
     (place / "cache").mkdir(parents=True)
     (place / "options.json").write_text(json.dumps(given))
     environment = {
         "VLLM_CACHE_ROOT": str(place / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "4",
-        "PYTHONUNBUFFERED": "1",
+        "PYTHONUNBUFFERED": "1", **({"TENSOR_PARALLEL_FILLED": "1"} if filled else {}),
     }  # fmt: skip
     start = time.monotonic()
     command = [sys.executable, str(SCRIPT), str(place / "options.json")]
@@ -163,8 +166,9 @@ def run_engine(
 
 
 def run_both(
-    model: str, logs: Path, seconds: float, *, custom_all_reduce: bool
-) -> dict[str, dict[str, Any]]:
+    model: str, logs: Path, seconds: float, *, custom_all_reduce: bool, filled: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Both engines at the same time."""
     deadline = time.monotonic() + seconds
     engines: dict[str, dict[str, Any]] = {}
@@ -175,8 +179,10 @@ def run_both(
             all_quiet.wait(max(deadline - time.monotonic(), 1))
 
     def work(name: str, folder: Path) -> None:
-        given = options(model, staged=name == "stage", custom_all_reduce=custom_all_reduce)
-        engines[name] = run_engine(name, given, folder, logs, deadline, once(quiet))
+        given = options(
+            model, staged=name == "stage", custom_all_reduce=custom_all_reduce, settings=settings
+        )
+        engines[name] = run_engine(name, given, folder, logs, deadline, once(quiet), filled=filled)
 
     with tempfile.TemporaryDirectory() as folder:
         threads = [
@@ -343,13 +349,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="for everything")
     parser.add_argument("--model", choices=list(MODELS), default="7b")
     parser.add_argument("--no-custom-all-reduce", action="store_true")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of NWOR's, as JSON")
+    parser.add_argument("--filled", action="store_true", help="leave no memory uninitialised")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         logs = given.logs or Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         engines = run_both(
-            given.model, logs, given.seconds, custom_all_reduce=not given.no_custom_all_reduce
-        )
+            given.model, logs, given.seconds, custom_all_reduce=not given.no_custom_all_reduce,
+            filled=given.filled, settings=given.settings,
+        )  # fmt: skip
     problems = judge(engines, MODELS[given.model]["num_hidden_layers"])
     record = {
         **this_machine(),

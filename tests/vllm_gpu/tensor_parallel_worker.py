@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import statistics
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from engine_process import fill_uninitialised_memory
 from step_audit import StepAudit, audited_layers, drafters_layers
 from torch import Tensor, nn
 from vllm.distributed.parallel_state import get_tp_group
@@ -24,6 +26,9 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 FORMAT = "scaled_random_shards"
 SPLIT = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+if os.environ.get("TENSOR_PARALLEL_FILLED"):
+    fill_uninitialised_memory()
+
 IN_ONE_GRAPH = 20  # commits whose device time is measured together
 REPEATS = 30
 
