@@ -6,7 +6,9 @@ goes to staging row `tail_start[r] + j`; every other token is certain.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from nwor_compile.ops.counters import COUNTERS
 from nwor_compile.ops.error_bits import BAD_COUNTS, OVERFLOW
 from nwor_compile.ops.library import Launcher
 from nwor_compile.ops.staging import Routing
+
+if TYPE_CHECKING:
+    from nwor_compile.ops.kernels.launch import KeptLaunch
 
 
 class TailRows(NamedTuple):
@@ -30,9 +35,10 @@ class Kept(NamedTuple):
 
     drafts: int32 `[max_requests]`, a copy of the routing's draft counts. error: int32 `[1]`.
     state: int32 `[layers, 2]`, zeroed. counters: int64. rows: int32 `[capacity]`, staging row of
-    each draft, or None where draft n has row n. draft_ids: int64 `[capacity]` or None. The last two
-    are 0 past the step's drafts. epoch: int64 `[1]`, needed with tail blocks: counts what happens
-    to them, one for each window and one more after a window that ended with the error flag up.
+    each draft, or None where draft n has row n. draft_ids: int64 `[capacity]` or None, not written
+    without token ids. The last two are 0 past the step's drafts. epoch: int64 `[1]`, needed with
+    tail blocks: counts what happens to them, one for each window and one more after a window that
+    ended with the error flag up.
     """
 
     drafts: Tensor
@@ -59,18 +65,42 @@ def clear(routing: Routing) -> None:
     routing.num_drafts.zero_()
 
 
+@dataclass(frozen=True, eq=False)
+class BeginPlan:
+    """What every begin of a window has in common.
+
+    routing: its tensors are filled.
+    kept: what the commit needs, written whole; `certain` rows are added to its counters. Its error
+        flag is read first, for the epoch: it is that of the window before.
+    slots: one int64 `[> capacity]` a slot group, overwritten: the slots of the drafts in their
+        order, -1 behind them. An engine may overwrite its slot mapping before the commit (a drafter
+        does), so the window keeps its own.
+    max_drafts, capacity: most drafts a request and a step may have.
+    staging_rows: staging rows there are.
+    tail: None, and draft n of the step is staged at row n; or see `TailRows`.
+    """
+
+    routing: Routing
+    kept: Kept
+    slots: list[Tensor]
+    max_drafts: int
+    capacity: int
+    staging_rows: int
+    tail: TailRows | None = None
+
+    @cached_property
+    def launches(self) -> list[KeptLaunch]:
+        """How the kernel is launched for each slot group; made at the first begin."""
+        from nwor_compile.ops.kernels.begin import begin_launches  # needs Triton
+
+        return begin_launches(self)
+
+
 def begin_rows(
+    plan: BeginPlan,
     num_drafts: Tensor,
     query_start_loc: Tensor,
     slot_mappings: list[Tensor],
-    routing: Routing,
-    kept: Kept,
-    slots: list[Tensor],
-    *,
-    max_drafts: int,
-    capacity: int,
-    staging_rows: int,
-    tail: TailRows | None = None,
     seq_lens: Tensor | None = None,
     token_ids: Tensor | None = None,
 ) -> None:
@@ -87,19 +117,11 @@ def begin_rows(
         query_start_loc: `[R + 1]` integer; tokens past the last are padding.
         slot_mappings: one `[T]` integer a slot group. A step whose first mapping has no slot at
             all is a warm-up step, which has no drafts whatever its counts.
-        routing: its tensors are filled.
-        kept: what the commit needs, written whole; `certain` rows are added to its counters. Its
-            error flag is read first, for the epoch: it is that of the window before.
-        slots: one int64 `[> capacity]` a slot group, overwritten: the slots of the drafts in
-            their order, -1 behind them. An engine may overwrite its slot mapping before the commit
-            (a drafter does), so the window keeps its own.
-        max_drafts, capacity: most drafts a request and a step may have.
-        staging_rows: staging rows there are.
-        tail: None, and draft n of the step is staged at row n; or see `TailRows`, with
-        seq_lens: `[R]` integer, tokens of each request, this step's among them.
+        seq_lens: `[R]` integer, tokens of each request, this step's among them; with `plan.tail`.
         token_ids: `[>= T]` integer or None: the step's tokens, of which `kept.draft_ids` takes the
             drafts'.
     """
+    routing, kept, slots, tail = plan.routing, plan.kept, plan.slots, plan.tail
     requests, device = query_start_loc.shape[0] - 1, routing.row_map.device
     if num_drafts.shape[0] > requests:
         num_drafts = num_drafts.diff() - 1
@@ -113,8 +135,8 @@ def begin_rows(
     if tail is not None and seq_lens is not None:
         contradicted |= (counts > 0) & (seq_lens < spans)
         place = (seq_lens.long() - counts).clamp(min=0) % tail.block_size
-    bad = (contradicted | (counts > max_drafts)).any()
-    overflow = counts.clamp(min=0).sum() > capacity
+    bad = (contradicted | (counts > plan.max_drafts)).any()
+    overflow = counts.clamp(min=0).sum() > plan.capacity
     flagged = bad | overflow
     drafts = torch.where(contradicted, 0, counts)
     order = drafts.cumsum(0) - drafts
@@ -129,7 +151,7 @@ def begin_rows(
     # Certain rows in the block of the first draft: attention reads that block from the tail.
     mirrored = inside & (draft < 0) & (-draft <= place[owner]) & (drafts[owner] > 0) & ~flagged
     code = torch.where(mirrored, -row - 2, -1)
-    routing.row_map.copy_(torch.where(is_draft, torch.where(flagged, staging_rows, row), code))
+    routing.row_map.copy_(torch.where(is_draft, torch.where(flagged, plan.staging_rows, row), code))
     routing.num_drafts.zero_()
     routing.num_drafts[:requests].copy_(torch.where(flagged, 0, drafts))
     routing.tail_start.zero_()

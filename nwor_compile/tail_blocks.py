@@ -33,10 +33,10 @@ steps. If there are any, the request had X in the step before already: a block t
 for this step has no such rows, as a prefix hit gives whole blocks, all in front of b. In that step
 X was not full of certain tokens, since a draft was to go there; an engine shares full blocks only,
 so X was the block of one request, and of the one in row r. This holds for requests that leave,
-return or change rows. What it asks of an engine: committed rows of partly filled blocks are written by this
-window's steps alone, in each of which the window begins or passes through. One that fills a part of
-a new block otherwise (a copy on write, a transfer) and gives the request drafts in the same step
-must say so by `Window.caches_changed`.
+return or change rows. What it asks of an engine: committed rows of partly filled blocks are written
+by this window's steps alone, in each of which the window begins or passes through. One that fills a
+part of a new block otherwise (a copy on write, a transfer) and gives the request drafts in the same
+step must say so by `Window.caches_changed`.
 Programs of a launch run in any order. So a record has two halves, by the epoch's parity: a window
 reads one and writes the other, and all launches of its batches read the same. The epoch is changed
 by other launches only.

@@ -36,7 +36,7 @@ from nwor_compile.ops.staging import (
     window_opened,
 )
 from nwor_compile.poison import poison_open_slots, touched_early
-from nwor_compile.routing import BEGIN, Kept, allocate_routing, clear
+from nwor_compile.routing import BEGIN, BeginPlan, Kept, allocate_routing, clear
 from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
 from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of, tail_blocks_needed
 
@@ -128,6 +128,11 @@ class Window:
             rows=rows,
             draft_ids=torch.zeros(self.capacity, dtype=torch.int64, device=device),
         )
+        own_slots = {batch.group: batch.slots for batch in batches}
+        self._groups = list(own_slots)
+        self.opening = self._begin_plan(list(own_slots.values()))
+        if self.redirection is not None:
+            self.redirection.over(batches, self.tensors.routing.num_drafts)
         self.validator = GraphValidator(
             self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
         )
@@ -370,6 +375,18 @@ class Window:
         self._layers.clear()
         self._state = State.CLOSED
 
+    def _begin_plan(self, slots: list[Tensor]) -> BeginPlan:
+        tensors, redirection = self.tensors, self.redirection
+        return BeginPlan(
+            tensors.routing,
+            Kept(
+                tensors.drafts, tensors.error, tensors.state, tensors.counters, tensors.rows,
+                tensors.draft_ids, None if redirection is None else redirection.epoch,
+            ),
+            slots, self.max_drafts, self.capacity, self.staging_rows,
+            None if redirection is None else redirection.layout,
+        )  # fmt: skip
+
     def _register(self, direct_caches: Iterable[Tensor], *, by_name: bool) -> None:
         try:
             for batch in self.tensors.batches:
@@ -437,7 +454,7 @@ class Window:
         seq_lens: Tensor | None,
         token_ids: Tensor | None,
     ) -> None:
-        names = list(dict.fromkeys(batch.group for batch in self.tensors.batches))
+        names = self._groups
         if set(slots) != set(names):
             raise WindowInputError(
                 f"slot_mapping: expected one for each of {names}, got {list(slots)}"
@@ -488,27 +505,16 @@ class Window:
     ) -> None:
         tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
-        own = {batch.group: batch.slots for batch in tensors.batches}
-        kept = Kept(
-            tensors.drafts, tensors.error, tensors.state, tensors.counters, tensors.rows,
-            tensors.draft_ids if self._knows_ids else None,
-            None if self.redirection is None else self.redirection.epoch,
-        )  # fmt: skip
-        layout = None if self.redirection is None else self.redirection.layout
         pick(BEGIN, tensors.error.device)(
-            num_drafts, query_start_loc, [slots[group] for group in own], routing, kept,
-            list(own.values()), max_drafts=self.max_drafts, capacity=self.capacity,
-            staging_rows=self.staging_rows,
-            tail=layout, seq_lens=seq_lens, token_ids=token_ids,
+            self.opening, num_drafts, query_start_loc, [slots[group] for group in self._groups],
+            seq_lens, token_ids,
         )  # fmt: skip
         if not tensors.staging:  # every row is certain, those that would be drafts too
             tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
             clear(routing)
         # By the routing that holds now: in mode `off` there are no drafts to lead to.
         if self.redirection is not None and tables is not None and seq_lens is not None:
-            self.redirection.redirect(
-                tensors.batches, tables, seq_lens, query_start_loc, routing.num_drafts
-            )
+            self.redirection.redirect(tables, seq_lens, query_start_loc)
         if self.config.poison != "off":
             poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
         self._log.begun(tensors, self._requests)

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from nwor_compile.ops.counters import COUNTERS
 from nwor_compile.ops.kernels import begin as kernel
-from nwor_compile.routing import Kept, TailRows, allocate_routing, begin_rows
+from nwor_compile.routing import BeginPlan, Kept, TailRows, allocate_routing, begin_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_DRAFTS = 4
@@ -77,12 +77,10 @@ def run(
         dirty(1, dtype=torch.int64),
     )  # fmt: skip
     slots = [dirty(capacity + 1, dtype=torch.int64) for _ in case.mappings]
-    begin(
-        case.counts, case.starts, case.mappings, routing, kept, slots, max_drafts=MAX_DRAFTS,
-        capacity=capacity,
-        staging_rows=capacity if tail is None else max_requests * tail.rows, tail=tail,
-        seq_lens=None if tail is None else case.lengths, token_ids=case.ids,
-    )  # fmt: skip
+    staging_rows = capacity if tail is None else max_requests * tail.rows
+    plan = BeginPlan(routing, kept, slots, MAX_DRAFTS, capacity, staging_rows, tail)
+    lengths = None if tail is None else case.lengths
+    begin(plan, case.counts, case.starts, case.mappings, lengths, case.ids)
     assert not kept.state.any()
     assert int(counters.sum()) == int(counters[COUNTERS["certain"]])
     used = int(kept.drafts.sum())

@@ -24,6 +24,7 @@ from nwor_compile.ops.kernels.redirect import redirect
 from nwor_compile.ops.library import implementation
 from nwor_compile.routing import TailRows
 from nwor_compile.tail_blocks import (
+    RedirectPlan,
     TailBlocks,
     blocks_per_request,
     redirect_reference,
@@ -222,12 +223,11 @@ def test_redirect_kernel_does_what_the_specification_says(
         shape = (len(spans) + 2, batch.block_table.shape[1] + 3)
         table = torch.full(shape, 7, dtype=torch.int32, device=F32.device)
         own_records = records.clone()
-        run(
-            keys, values, cache_table(keys, values, keys, values), batch.block_table,
-            batch.seq_lens.long(), batch.query_start_loc, batch.num_drafts, table, own_records,
-            torch.tensor([epoch], device=F32.device), tail=tail, first_block=first,
-            write_table=write_table,
+        plan = RedirectPlan(
+            keys, values, cache_table(keys, values, keys, values), batch.num_drafts, table,
+            own_records, torch.tensor([epoch], device=F32.device), tail, first, write_table,
         )  # fmt: skip
+        run(plan, batch.block_table, batch.seq_lens.long(), batch.query_start_loc)
         results.append((table, own_records, *(tensor for c in caches for tensor in c.stored)))
         r.window.close()
     for want, have in zip(*results, strict=True):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from nwor_compile.ops.counters import COUNTERS
 from nwor_compile.ops.error_bits import BAD_COUNTS, OVERFLOW
-from nwor_compile.ops.kernels.launch import on_device
-from nwor_compile.ops.staging import Routing
+from nwor_compile.ops.kernels.launch import KeptLaunch
 
 _LANES = (16, 64, 256, 1024, 4096)  # one a request; few sizes, as each is compiled
 _TOKENS = 256  # of a span, at a time
@@ -39,21 +38,16 @@ def _any_slot(slot_mapping, s_slot, tokens, BLOCK: tl.constexpr):
 # Counts change from step to step: specialising on them would compile again in the middle of one.
 @triton.jit(
     do_not_specialize=[
-        "tokens",
+        "max_requests", "capacity", "last_slot", "staging_rows", "max_drafts", "words", "tokens",
         "requests",
-        "max_requests",
-        "capacity",
-        "last_slot",
-        "staging_rows",
-        "max_drafts",
-        "words",
     ]
-)
+)  # fmt: skip
 def _begin_kernel(
-    num_drafts, query_start_loc, seq_lens, slot_mapping, token_ids, row_map, out_drafts, tail_start,
-    drafts_kept, error, state, counters, slots, rows, draft_ids, epoch,
-    tokens, requests, max_requests, capacity, last_slot, staging_rows, max_drafts, words,
-    s_drafts, s_start, s_length, s_slot, s_id, s_counter,
+    row_map, out_drafts, tail_start, drafts_kept, error, state, counters, slots, rows, draft_ids,
+    epoch, max_requests, capacity, last_slot, staging_rows, max_drafts, words, s_counter,
+    num_drafts, query_start_loc, seq_lens, slot_mapping, token_ids,
+    s_drafts, s_start, s_length, s_slot, s_id,
+    tokens, requests,
     R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, LOGITS: tl.constexpr,
     TAIL_BLOCK: tl.constexpr, TAIL_ROWS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -160,18 +154,29 @@ def _begin_kernel(
                 tl.store(state + word, tl.zeros([256], tl.int32), mask=word < words)
 
 
+def begin_launches(plan: Any) -> list[KeptLaunch]:
+    """How the kernel is launched for each slot group of `plan`, a `BeginPlan`."""
+    routing, kept = plan.routing, plan.kept
+    return [
+        KeptLaunch(
+            _begin_kernel, routing.row_map.device,
+            (
+                routing.row_map, routing.num_drafts, routing.tail_start, kept.drafts, kept.error,
+                kept.state, kept.counters, own, kept.rows, kept.draft_ids, kept.epoch,
+                kept.drafts.shape[0], plan.capacity, own.shape[0] - 1, plan.staging_rows,
+                plan.max_drafts, kept.state.numel(), kept.counters.stride(0),
+            ),
+            num_warps=4,
+        )
+        for own in plan.slots
+    ]  # fmt: skip
+
+
 def begin_rows(
+    plan: Any,
     num_drafts: Tensor,
     query_start_loc: Tensor,
     slot_mappings: list[Tensor],
-    routing: Routing,
-    kept: Any,
-    slots: list[Tensor],
-    *,
-    max_drafts: int,
-    capacity: int,
-    staging_rows: int,
-    tail: Any = None,
     seq_lens: Tensor | None = None,
     token_ids: Tensor | None = None,
 ) -> None:
@@ -180,23 +185,28 @@ def begin_rows(
     Entries of `routing.row_map` past the step's tokens must be -1 already, as a window leaves them.
     """
     requests = query_start_loc.shape[0] - 1
-    few = (lanes for lanes in _LANES if lanes >= requests)
-    lanes = next(few, triton.next_power_of_2(requests))
-    ids = token_ids if kept.draft_ids is not None else None
-    with on_device(routing.row_map):
-        for index, (mapping, own) in enumerate(zip(slot_mappings, slots, strict=True)):
-            tokens = mapping.shape[0]
-            _begin_kernel[(requests + 1,)](
-                num_drafts, query_start_loc, seq_lens, mapping, ids, routing.row_map,
-                routing.num_drafts, routing.tail_start, kept.drafts, kept.error, kept.state,
-                kept.counters, own, kept.rows, kept.draft_ids, kept.epoch,
-                tokens, requests, kept.drafts.shape[0], capacity, own.shape[0] - 1, staging_rows,
-                max_drafts, kept.state.numel(),
-                num_drafts.stride(0), query_start_loc.stride(0),
-                0 if seq_lens is None else seq_lens.stride(0), mapping.stride(0),
-                0 if ids is None else ids.stride(0), kept.counters.stride(0),
-                R=lanes, T=_TOKENS, FIRST=index == 0, LOGITS=num_drafts.shape[0] > requests,
-                TAIL_BLOCK=0 if tail is None else tail.block_size,
-                TAIL_ROWS=0 if tail is None else tail.rows, IDS=ids is not None,
-                num_warps=4,
-            )  # fmt: skip
+    lanes = _lanes(requests)
+    ids = token_ids if plan.kept.draft_ids is not None else None
+    block, rows = plan.tail if plan.tail is not None else (0, 0)
+    logits = int(num_drafts.shape[0] > requests)
+    first = 1
+    for launch, mapping in zip(plan.launches, slot_mappings, strict=True):
+        launch(
+            requests + 1,
+            (num_drafts, query_start_loc, seq_lens, mapping, ids),
+            (
+                *num_drafts.stride(), *query_start_loc.stride(),
+                0 if seq_lens is None else seq_lens.stride(0), *mapping.stride(),
+                0 if ids is None else ids.stride(0),
+            ),
+            (mapping.shape[0], requests),
+            (lanes, _TOKENS, first, logits, block, rows, int(ids is not None)),
+        )  # fmt: skip
+        first = 0
+
+
+def _lanes(requests: int) -> int:
+    for lanes in _LANES:
+        if lanes >= requests:
+            return lanes
+    return int(triton.next_power_of_2(requests))

@@ -47,11 +47,8 @@ def _redirect_kernel(
     now = tl.load(epoch)
     if program < table_programs:
         r = program % table_rows
-        length = 0
-        drafts = 0
-        if r < requests:
-            length = tl.load(seq_lens + r * s_length).to(tl.int32)
-            drafts = tl.load(num_drafts + r)
+        length = tl.load(seq_lens + r * s_length, mask=r < requests, other=0).to(tl.int32)
+        drafts = tl.load(num_drafts + r, mask=r < requests, other=0)
         first = (length - drafts) // BLOCK_SIZE
         last = tl.where(drafts > 0, (length - 1) // BLOCK_SIZE, -1)
         if (drafts > 0) & (program < table_rows):

@@ -1,0 +1,216 @@
+"""Launches that keep their compiled kernel: never another one than Triton would take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from nwor_compile.ops.kernels import launch
+from nwor_compile.ops.kernels.launch import KeptLaunch
+
+Launches = list[tuple[Any, ...]]
+
+
+class Compiled:
+    """A compiled kernel that notes how it was launched."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, name: int, log: Launches) -> None:
+        self.name, self.log = name, log
+
+    def run(self, *arguments: Any) -> None:
+        self.log.append(("kept", self.name, *arguments))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.log.append(("hooked", self.name, grid, *arguments))
+
+
+class Function:
+    """A kernel that compiles anew at every ordinary launch."""
+
+    def __init__(self) -> None:
+        self.log: Launches = []
+        self.refuses = False
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **options: int) -> Compiled | None:
+            self.log.append(("ordinary", grid, arguments, options))
+            return None if self.refuses else Compiled(len(self.log), self.log)
+
+        return run
+
+
+@pytest.fixture
+def function(monkeypatch: pytest.MonkeyPatch) -> Function:
+    """On a machine whose current device is 0 and whose current stream is 7 there, 8 on device 1."""
+    current = [0]
+
+    class On:
+        def __init__(self, device: torch.device) -> None:
+            self.before, self.device = current[0], device
+
+        def __enter__(self) -> None:
+            current[0] = self.device.index
+
+        def __exit__(self, *error: object) -> None:
+            current[0] = self.before
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", On)
+    streams = {0: 7, 1: 8}
+
+    def stream(device: int) -> int:
+        assert device == current[0]
+        return streams[device]
+
+    active = SimpleNamespace(active=SimpleNamespace(get_current_stream=stream))
+    monkeypatch.setattr(launch, "driver", active)
+    return Function()
+
+
+def kept_launch(function: Function, fixed: Sequence[Any] = (), device: int = 0) -> KeptLaunch:
+    return KeptLaunch(function, torch.device("cuda", device), fixed, num_warps=2)
+
+
+def kinds(function: Function) -> list[str]:
+    return [entry[0] for entry in function.log]
+
+
+def test_the_second_launch_gets_addresses_and_goes_to_the_current_stream(
+    function: Function,
+) -> None:
+    counts, ids = torch.zeros(3, dtype=torch.int32), torch.zeros(4)
+    kept = kept_launch(function, (counts, None, 5))
+    kept(9, (ids, None), (2,), (30,), (64,))
+    kept(8, (ids, None), (2,), (31,), (64,))
+    assert function.log == [
+        ("ordinary", (9,), (counts, None, 5, ids, None, 2, 30, 64), {"num_warps": 2}),
+        (
+            "kept", 1, 8, 1, 1, 7, "function", "metadata", None, None, None,
+            counts.data_ptr(), None, 5, ids.data_ptr(), None, 2, 31, 64,
+        ),
+    ]  # fmt: skip
+
+
+def other(pointers: list[Tensor | None], place: int, value: Tensor | None) -> list[Tensor | None]:
+    return [*pointers[:place], value, *pointers[place + 1 :]]
+
+
+def test_whatever_calls_for_another_kernel_gets_another_one_and_keeps_it(
+    function: Function,
+) -> None:
+    ids = torch.zeros(64, dtype=torch.int64)
+    assert ids.data_ptr() % 16 == 0
+    plain: list[Tensor | None] = [ids, None]
+    calls: list[tuple[list[Tensor | None], tuple[int, ...], tuple[int, ...]]] = [
+        (plain, (1,), (64, 1)),
+        (other(plain, 0, ids.int()), (1,), (64, 1)),  # dtype
+        (other(plain, 0, ids[1:]), (1,), (64, 1)),  # alignment
+        (other(plain, 0, None), (1,), (64, 1)),  # missing
+        (other(plain, 1, ids), (1,), (64, 1)),  # there
+        (plain, (2,), (64, 1)),  # stride
+        (plain, (1,), (128, 1)),  # constants
+        (plain, (1,), (64, 0)),
+    ]
+    kept = kept_launch(function)
+    for pointers, strides, constants in calls:
+        kept(1, pointers, strides, (3,), constants)
+    assert kinds(function) == ["ordinary"] * len(calls)
+    for pointers, strides, constants in reversed(calls):
+        kept(1, pointers, strides, (4,), constants)
+    again = function.log[len(calls) :]
+    # In the reverse order, each with the kernel that its own first launch was given.
+    assert [entry[:2] for entry in again] == [("kept", n) for n in range(len(calls), 0, -1)]
+
+
+def test_numbers_other_addresses_and_sizes_call_for_no_other_kernel(function: Function) -> None:
+    kept = kept_launch(function)
+    for n in (1, 16, 17, 2**30):
+        kept(n, (torch.zeros(n % 100 + 1),), (), (n,))
+    assert kinds(function) == ["ordinary", "kept", "kept", "kept"]
+
+
+def test_a_window_on_another_device_launches_there(function: Function) -> None:
+    kept = kept_launch(function, device=1)
+    kept(1)
+    kept(1)
+    assert function.log[1][:6] == ("kept", 1, 1, 1, 1, 8)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_profilers_hooks_are_called(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = kept_launch(function)
+    kept(3, numbers=(1,))
+    for hooks in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, hooks, SimpleNamespace(calls=[print]))
+            kept(3, numbers=(2,))
+            patch.setattr(knobs.runtime, hooks, print)  # one alone, not a chain
+            kept(3, numbers=(2,))
+    assert function.log[1:] == [("hooked", 1, (3, 1, 1), 2)] * 4
+    kept(3, numbers=(2,))
+    assert function.log[-1][0] == "kept"
+
+
+def test_a_kernel_that_was_not_compiled_is_not_kept(function: Function) -> None:
+    kept = kept_launch(function)
+    function.refuses = True
+    kept(1)
+    function.refuses = False
+    kept(1)
+    kept(1)
+    assert kinds(function) == ["ordinary", "ordinary", "kept"]
+
+
+def test_what_is_kept_has_a_bound(function: Function) -> None:
+    kept = kept_launch(function)
+    for stride in range(1000):
+        kept(1, strides=(stride,))
+    assert len(kept.kept) <= 64
+    kept(1, strides=(999,))
+    assert function.log[-1][0] == "kept"
+
+
+def test_the_interpreter_takes_the_ordinary_way(
+    function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    kept = kept_launch(function)
+    kept(1)
+    kept(1)
+    assert kinds(function) == ["ordinary", "ordinary"]
+
+
+# Against Triton's own decision -------------------------------------------------------------------
+
+
+class Recorder:
+    """A kernel that notes what Triton would specialise each ordinary launch of it on."""
+
+    def __init__(self, kernel: Any) -> None:
+        real = (
+            kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+        )
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(real.signature, real.params, backend)
+        self.specializations: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **options: int) -> None:
+            self.specializations.append((self.bind(*arguments)[1], options))
+
+        return run
