@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from long_parts import Part, parts
 from long_plan import Aborts, Plan
 from long_shadow import COLUMNS, FAULTS, CacheShadow, Step
+from long_watch import LongWatch
 from torch import Tensor
 
 BLOCKS, BLOCK, HEADS, SIZE, K = 6, 4, 2, 8, 4
@@ -155,6 +157,87 @@ def test_a_last_look_needs_no_step() -> None:
     cache.layers[0][1, 1] = 4
     cache.shadow.look()
     assert dict(zip(COLUMNS, cache.shadow.result()["looks"][0], strict=True))["changed"] == 1
+
+
+class Runner:
+    """As much of vLLM's V2 runner as the watch sees: two requests, the second one's prompt goes on.
+
+    direct: rejected drafts are written too.
+    """
+
+    def __init__(self, direct: bool) -> None:
+        self.direct = direct
+        cache = torch.zeros(BLOCKS, BLOCK, HEADS, 2 * SIZE, dtype=torch.bfloat16)
+        self.layer = types.SimpleNamespace(kv_cache=cache.transpose(1, 2), kv_cache_dtype="auto")
+        self.compilation_config = types.SimpleNamespace(
+            static_forward_context={"layer": self.layer, "drafter": None}
+        )
+        spec = types.SimpleNamespace(block_size=BLOCK)
+        group = types.SimpleNamespace(layer_names=["layer", "drafter"], kv_cache_spec=spec)
+        self.kv_cache_config = types.SimpleNamespace(kv_cache_groups=[group])
+        self.speculator = types.SimpleNamespace(draft_attn_layer_names={"drafter"})
+        known = torch.arange(3 * 16, dtype=torch.int32).reshape(3, 16)
+        self.req_states = types.SimpleNamespace(all_token_ids=types.SimpleNamespace(gpu=known))
+        # Requests at places 2 and 0 of the states, padded to four.
+        self.table = torch.tensor([[1, 2], [3, 4], [0, 0], [0, 0]], dtype=torch.int32)
+        self.places = torch.tensor([2, 0], dtype=torch.int32)
+        self.slots = torch.zeros(1, 16, dtype=torch.int64)
+
+    def prepare_attn(self, batch: Any) -> Any:
+        return (self.table,), self.slots
+
+    def sample(self, hidden: Any, batch: Any, grammar: Any) -> Any:
+        written = [batch.spans[0] - (0 if self.direct else batch.rejected), batch.spans[1]]
+        starts = batch.query_start_loc.tolist()
+        for request in range(2):
+            slots = self.slots[0, starts[request] : starts[request] + written[request]]
+            rows = self.layer.kv_cache.transpose(1, 2)
+            rows[slots // BLOCK, slots % BLOCK] = 3.0
+        self.slots = self.slots.clone().fill_(-7)  # as a drafter leaves it
+        return None, batch.sampled, None
+
+    def step(self, spans: list[int], computed: list[int], drafts: int, sampled: int) -> None:
+        positions = [range(c, c + n) for c, n in zip(computed, spans, strict=True)]
+        flat = [(request, p) for request in range(2) for p in positions[request]]
+        count = len(flat)
+        ids = [int(self.req_states.all_token_ids.gpu[self.places[r], p]) for r, p in flat]
+        slots = [int(self.table[r, p // BLOCK]) * BLOCK + p % BLOCK for r, p in flat]
+        self.slots = torch.tensor([[*slots, -1, -1]])
+        ends = [0, 1 + drafts, 2 + drafts]
+        batch = types.SimpleNamespace(
+            num_tokens=count,
+            num_reqs=2,
+            cu_num_logits=torch.tensor(ends, dtype=torch.int32),
+            query_start_loc=torch.tensor([0, spans[0], count, count, count], dtype=torch.int32),
+            seq_lens=torch.tensor(
+                [computed[0] + spans[0], computed[1] + spans[1], 0, 0], dtype=torch.int32
+            ),
+            input_ids=torch.tensor([*ids, 0, 0], dtype=torch.int32),
+            positions=torch.tensor([p for _, p in flat] + [0, 0]),
+            idx_mapping=self.places,
+            spans=spans,
+            rejected=max(0, drafts + 1 - sampled),
+            sampled=torch.tensor([sampled, 0], dtype=torch.int32),
+        )
+        self.prepare_attn(batch)
+        self.sample(None, batch, None)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_watch_follows_a_v2_runner(direct: bool) -> None:
+    runner = Runner(direct)
+    watch = LongWatch(types.SimpleNamespace(model_runner=runner), BLOCKS, K)
+    watch.begin(every=1)
+    runner.step([3, 2], [0, 0], drafts=0, sampled=1)
+    runner.step([5, 2], [3, 2], drafts=4, sampled=3)
+    found = watch.end()
+    assert (found["steps"], found["looked"], found["certain"]) == (2, 3, 8)
+    assert (found["drafts"], found["accepted"]) == (4, 2)
+    looks = [dict(zip(COLUMNS, look, strict=True)) for look in found["looks"]]
+    assert [look["computed"] for look in looks] == [5, 10, 0]
+    only(looks[0])
+    only(looks[1], **({"rejected": 2} if direct else {}))
+    only(looks[2], **({"rejected": 2} if direct else {}))
 
 
 TEXT = list(range(700))
