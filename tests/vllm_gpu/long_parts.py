@@ -62,7 +62,7 @@ class Part:
 
 SAMPLED = {"temperature": 0.8, "seed": 1}
 STORM = {"chance": 0.004, "storm": 50, "length": [50, 300], "mixed": True, "temperature": 0.8}
-FOLLOW = {"tokens": 0, "length": [50, 200], "follow": "greedy", "seed": 2}
+FOLLOW = {"tokens": 0, "length": [50, 200], "follow": "sampled", "seed": 2}  # still in the cache
 SOAK = {
     "tokens": 0, "prompt": [2, 300], "length": [1, 600], "mixed": True, "temperature": 0.8,
     "chance": 0.001, "storm": 500, "share": 0.3, "seed": 4,

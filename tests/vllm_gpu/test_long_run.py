@@ -521,6 +521,10 @@ def test_parts_say_what_engines_need() -> None:
                 followed = 600 if plan.follow else 0
                 assert plan.prompt[1] + plan.length[1] + followed <= longest
     full = parts(100_000, "cuda")
+    for name in ("tokens", "small"):
+        runs = list(full[name].runs)
+        # What is continued must be in the cache still.
+        assert runs[runs.index("follow") - 1] == full[name].runs["follow"]["follow"]
     assert full["tokens"].runs["greedy"]["tokens"] == full["tokens"].runs["sampled"]["tokens"]
 
 
