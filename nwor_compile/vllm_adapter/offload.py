@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
 from nwor_compile.errors import ConfigError
@@ -31,13 +32,18 @@ class NworOffloadingConnector(OffloadingConnector):
             )
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """The engine's blocks, without the tail blocks behind them."""
+        """The engine's blocks, without the tail blocks behind them.
+
+        Raises ConfigError for a cache that is no tensor (a layer's state, not its rows).
+        """
         config = self.connector_worker.kv_cache_config
         mine = dict(kv_caches)
         for group in config.kv_cache_groups:
             for name in group.layer_names:
                 # [blocks, heads, rows, 2 * D]; kernels may cut a block into smaller ones.
                 cache = kv_caches[name]
+                if not isinstance(cache, Tensor):
+                    raise ConfigError(f"layer {name}: its cache is no tensor of blocks and rows")
                 blocks = config.num_blocks * group.kv_cache_spec.block_size // cache.shape[2]
                 mine[name] = cache[:blocks]
         super().register_kv_caches(mine)

@@ -17,11 +17,13 @@ import engine_process
 from offload_audit import StoreAudit
 from offload_faults import FAULTS
 
-engine_process.COUNTED["vllm:external_prefix_cache_hits"] = "external_hits"
+COUNTED = {**engine_process.COUNTED, "vllm:external_prefix_cache_hits": "external_hits"}
 
 
 class OffloadEngine(engine_process.Engine):
     """An engine whose stores are audited, if it has a connector."""
+
+    counted = COUNTED
 
     def __init__(self, options: dict[str, Any], folder: Path) -> None:
         super().__init__(options, folder)
@@ -40,9 +42,11 @@ class OffloadEngine(engine_process.Engine):
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """What one command asks for."""
-        if not command.get("compare"):
-            return self.generate(command)
-        return {} if self.stores is None else self.stores.compare()
+        if command.get("compare"):
+            return {} if self.stores is None else self.stores.compare()
+        before = self._counters()["external_hits"]
+        result = self.generate(command)
+        return {**result, "external_hits": self._counters()["external_hits"] - before}
 
 
 def main() -> None:
