@@ -170,7 +170,8 @@ class Faults:
     def phase_aborts(self) -> dict[str, Any]:
         """Two requests are aborted, one between steps and one inside its window, after the forward
         pass and before the commit. Two others take their blocks. What a window staged is NaN for
-        the next, so that a row read or committed for another would be seen."""
+        the next, but for committed rows, which its tail blocks keep: so a row read or committed for
+        another would be seen."""
         engine = self.llm.llm_engine
         window, runner = self.hooks.window, self.worker.model_runner
         from phases import prompts
@@ -183,13 +184,28 @@ class Faults:
 
         for name, text in zip("abcd", texts, strict=True):
             add(name, text, 12 if name in "bd" else 90)  # a and c would go on for long
-        begin, forward = window.begin, runner._model_forward
+        begin, commit, forward = window.begin, window.commit, runner._model_forward
+        layout = window.redirection.layout
         inside = {"abort": False, "open": 0}
+        kept: list[int] = []  # committed rows in each request's first tail block
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            place = window.tensors.routing.tail_start % layout.block_size
+            drafts = window.tensors.drafts.clone()
+            result = commit(*args, **kwargs)
+            requests = result.accepted.shape[0]
+            rows = (place[:requests] + result.accepted).clamp(max=layout.block_size)
+            kept[:] = torch.where(drafts[:requests] > 0, rows, 0).tolist()
+            return result
 
         def forgetful(*args: Any, **kwargs: Any) -> None:
             for batch in window.tensors.batches:
                 for staged in (*batch.staged_keys, *batch.staged_values):
-                    staged.fill_(torch.nan)
+                    gone = torch.ones(staged.shape[0], dtype=torch.bool)
+                    for r, rows in enumerate(kept):
+                        gone[r * layout.rows : r * layout.rows + rows] = False
+                    staged[gone] = torch.nan
+            kept.clear()
             begin(*args, **kwargs)
 
         def aborting(*args: Any, **kwargs: Any) -> Any:
@@ -203,6 +219,7 @@ class Faults:
         done: dict[str, list[int]] = {}
         with (
             self.replaced(window, "begin", forgetful),
+            self.replaced(window, "commit", noting),
             self.replaced(runner, "_model_forward", aborting),
             self.audited() as audit,
         ):

@@ -151,7 +151,8 @@ def test_poison_changes_nothing(stage: Report) -> None:
 
 def test_aborted_requests_leave_the_others_alone(stage: Report) -> None:
     """a is aborted between steps and c inside its window; requests that repeat prompts c and a take
-    over. Staged rows are NaN from one window to the next, so none is read or committed late."""
+    over. Staged rows are NaN from one window to the next unless they were committed, so none is
+    read or committed late."""
     aborts = stage.phase("aborts")
     assert aborts["inside_windows"] == 1
     ids = dict(zip(aborts["names"], aborts["ids"], strict=True))
