@@ -196,6 +196,16 @@ def redirect_reference(
 REDIRECT = Launcher(redirect_reference, "redirect:redirect")
 
 
+def pass_reference(plan: RedirectPlan, block_table: Tensor) -> None:
+    """The specification of `pass_table`, the kernel: the engine's entries to `plan.redirected`, and
+    the epoch counted up, since no window uses the tail blocks in this step."""
+    plan.redirected[: block_table.shape[0], : block_table.shape[1]].copy_(block_table)
+    plan.epoch.add_(1)
+
+
+PASS = Launcher(pass_reference, "redirect:pass_table")
+
+
 class Redirection:
     """The redirected block tables of a window: one a slot group, persistent.
 
@@ -265,11 +275,10 @@ class Redirection:
                 )
 
     def pass_through(self, block_tables: Mapping[str, Tensor]) -> None:
-        """A step without a window: the engine's own entries. Raises as `check`."""
-        self.check(block_tables)
-        self.forget()
-        for group, table in block_tables.items():
-            self.tables[group][: table.shape[0], : table.shape[1]].copy_(table)
+        """A step without a window: the engine's own entries, of tables that fit (`check`)."""
+        for group, plan in self.plans:
+            if plan.write_table:
+                pick(PASS, plan.epoch.device)(plan, block_tables[group])
 
     def redirect(
         self, block_tables: Mapping[str, Tensor], seq_lens: Tensor, query_start_loc: Tensor

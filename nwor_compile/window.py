@@ -145,6 +145,7 @@ class Window:
         # Of the last arguments that were found right: another step's mostly look the same.
         self._right_begin: tuple[object, ...] | None = None
         self._right_commit: tuple[object, ...] | None = None
+        self._right_pass: tuple[object, ...] | None = None
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
@@ -282,9 +283,12 @@ class Window:
         self._expect(State.IDLE, "pass_through")
         if self.redirection is None:
             raise WindowInputError("pass_through: this window has no tail blocks")
-        self.redirection.pass_through(
-            {"kv": block_table} if isinstance(block_table, Tensor) else block_table
-        )
+        form = _form(block_table)
+        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        if form != self._right_pass:
+            self.redirection.check(tables)
+            self._right_pass = form
+        self.redirection.pass_through(tables)
 
     def caches_changed(self) -> None:
         """Say that committed rows were written by other means than steps of this window (loaded
@@ -636,10 +640,13 @@ class Window:
             self.redirection.forget()
 
 
+_MAPPINGS = (dict, Mapping)  # the first is found much faster
+
+
 def _form(argument: object) -> tuple[object, ...]:
     """All that the checks of an argument look at: equal forms are right or wrong together."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.dtype, argument.device
-    if isinstance(argument, Mapping):
-        return tuple((name, _form(value)) for name, value in argument.items())
+    if isinstance(argument, _MAPPINGS):
+        return tuple([(name, _form(value)) for name, value in argument.items()])
     return (type(argument),)

@@ -20,13 +20,14 @@ from nwor_compile.ops import (
     stage_kv_window,
     verify_attention_window,
 )
-from nwor_compile.ops.kernels.redirect import redirect
+from nwor_compile.ops.kernels.redirect import pass_table, redirect
 from nwor_compile.ops.library import implementation
 from nwor_compile.routing import TailRows
 from nwor_compile.tail_blocks import (
     RedirectPlan,
     TailBlocks,
     blocks_per_request,
+    pass_reference,
     redirect_reference,
     tail_blocks_needed,
 )
@@ -314,6 +315,23 @@ def test_begin_without_what_tail_blocks_need(changed: dict[str, Any], text: str)
         with pytest.raises(WindowInputError, match=text):
             r.begin(**arguments)
         r.assert_next_window_is_clean()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1030), (0, 4), (3, 0)])
+def test_pass_kernel_does_what_the_specification_says(shape: tuple[int, int]) -> None:
+    wide = torch.randint(1, 99, (shape[0], 2 * shape[1]), dtype=torch.int32, device=F32.device)
+    with rig(geometries=(F32,), tail=True) as r:
+        assert r.window.redirection is not None
+        ((_, own),) = r.window.redirection.plans
+        results = []
+        for run in (pass_reference, pass_table):
+            redirected = torch.full((4, 1100), 7, dtype=torch.int32, device=F32.device)
+            epoch = torch.tensor([5], device=F32.device)
+            plan = replace(own, redirected=redirected, epoch=epoch)
+            run(plan, wide[:, ::2])
+            results.append((redirected.tolist(), epoch.tolist()))
+    assert results[0] == results[1]
+    assert results[0][1] == [6]
 
 
 @pytest.mark.parametrize("table", [torch.zeros(7, 1, dtype=torch.int32), torch.zeros(1, 1)])

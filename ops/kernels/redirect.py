@@ -1,7 +1,8 @@
 """Launcher of `redirect`: a step's block table with its tails in tail blocks, and the rows that
-those blocks share with the cache and do not have yet, in one launch a batch of layers.
+those blocks share with the cache and do not have yet, in one launch a batch of layers. And of
+`pass_table`: the block table of a step without a window.
 
-The specification is `nwor_compile.tail_blocks.redirect_reference`.
+The specifications are `redirect_reference` and `pass_reference` of `nwor_compile.tail_blocks`.
 """
 
 from __future__ import annotations
@@ -112,10 +113,32 @@ def _redirect_kernel(
                     tl.store(value_cache + own * vc_block + to_value, value, mask=inside)
 
 
+@triton.jit(do_not_specialize=["table_rows", "columns", "parts"])
+def _pass_kernel(
+    redirected, epoch, s_red_row, s_red_column,
+    block_table,
+    s_bt_row, s_bt_column,
+    table_rows, columns, parts,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`parts` programs a row of the table; there is one at least, which counts the epoch up."""
+    program = tl.program_id(0)
+    if program == 0:
+        tl.store(epoch, tl.load(epoch) + 1)
+    r = program // parts
+    column = (program % parts) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < tl.where(r < table_rows, columns, 0)
+    from_row = block_table + r.to(tl.int64) * s_bt_row
+    to_row = redirected + r.to(tl.int64) * s_red_row
+    entry = tl.load(from_row + column * s_bt_column, mask=inside, other=0)
+    tl.store(to_row + column * s_red_column, entry, mask=inside)
+
+
 class RedirectConstants(NamedTuple):
     """What every launch over a `RedirectPlan` has in common. units: a layer's _ROWS rows each."""
 
     kept: KeptLaunch
+    passing: KeptLaunch
     constants: tuple[int, ...]
     units: int
     write_table: bool
@@ -136,6 +159,10 @@ def redirect_constants(plan: Any) -> RedirectConstants:
     block = min(1024, triton.next_power_of_2(heads * size))
     return RedirectConstants(
         KeptLaunch(_redirect_kernel, key_cache.device, fixed, num_warps=4),
+        KeptLaunch(
+            _pass_kernel, key_cache.device,
+            (plan.redirected, plan.epoch, *plan.redirected.stride()), num_warps=4,
+        ),
         (
             heads, size, tail.block_size, tail.rows // tail.block_size, _ROWS, block, _COLUMNS,
             tiles, int(plan.aligned),
@@ -147,7 +174,7 @@ def redirect_constants(plan: Any) -> RedirectConstants:
 
 def redirect(plan: Any, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> None:
     """`nwor_compile.tail_blocks.redirect_reference` in one launch."""
-    kept, constants, units, write_table = plan.constants
+    kept, _, constants, units, write_table = plan.constants
     (requests,), (table_rows, columns) = seq_lens.shape, block_table.shape
     tables = table_rows * -(-columns // _COLUMNS) if write_table else 0
     each = -(-units * requests // _PROGRAMS)
@@ -159,3 +186,13 @@ def redirect(plan: Any, block_table: Tensor, seq_lens: Tensor, query_start_loc: 
         (requests, table_rows, columns, tables, parts, each),
         constants,
     )
+
+
+def pass_table(plan: Any, block_table: Tensor) -> None:
+    """`nwor_compile.tail_blocks.pass_reference` in one launch."""
+    rows, columns = block_table.shape
+    parts = max(1, -(-columns // _COLUMNS))
+    plan.constants.passing(
+        max(1, rows * parts), (block_table,), block_table.stride(), (rows, columns, parts),
+        (_COLUMNS,),
+    )  # fmt: skip
