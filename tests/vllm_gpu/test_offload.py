@@ -69,7 +69,10 @@ def engine(kind: str, **stores: Any) -> dict[str, Any]:
     results: dict[str, Any] = {"fill": run, "again": run}
     if kind != "plain":
         results |= {"storm": run, "stores": counts}
-    facts = {"runner": "vllm.v1.worker.gpu.model_runner.GPUModelRunner", "connector": None}
+    facts: dict[str, Any] = {
+        "runner": "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+        "connector": None,
+    }
     facts |= {"async_scheduling": True, "cache": {}}
     return {"facts": facts, "results": results, "seconds": 1.0}
 
