@@ -42,6 +42,8 @@ class Committed:
     num_sampled, num_rejected: int32 `[R]`, if they were given: what the engine should go on with.
         `num_sampled` is at most `accepted + 1`, and `num_rejected` has grown by what that took
         away, so that with the error flag up each request keeps its first sampled token alone.
+    counts: int32 `[2, R]`, if both were given: `num_sampled` and `num_rejected` are its rows. For
+        callers that copy them.
     """
 
     accepted: Tensor
@@ -49,6 +51,7 @@ class Committed:
     error: Tensor
     num_sampled: Tensor | None = None
     num_rejected: Tensor | None = None
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def _committed(
         tensors.error,
         verdict.num_sampled if sampled_given else None,
         verdict.num_rejected if rejected_given else None,
+        verdict.numbers[1:] if sampled_given and rejected_given else None,
     )
 
 
@@ -278,6 +282,7 @@ class _Captured:
                 tensors.error,
                 verdict.num_sampled[:requests] if sampled else None,
                 verdict.num_rejected[:requests] if rejected else None,
+                verdict.numbers[1:, :requests] if sampled and rejected else None,
             )
             if len(self.results) >= _KEPT_RESULTS:
                 self.results.clear()

@@ -129,7 +129,7 @@ class Window:
             draft_ids=torch.zeros(self.capacity, dtype=torch.int64, device=device),
         )
         own_slots = {batch.group: batch.slots for batch in batches}
-        self._groups = list(own_slots)
+        self.groups = tuple(own_slots)
         self.opening = self._begin_plan(list(own_slots.values()))
         if self.redirection is not None:
             self.redirection.over(batches, self.tensors.routing.num_drafts)
@@ -458,7 +458,7 @@ class Window:
         seq_lens: Tensor | None,
         token_ids: Tensor | None,
     ) -> None:
-        names = self._groups
+        names = list(self.groups)
         if set(slots) != set(names):
             raise WindowInputError(
                 f"slot_mapping: expected one for each of {names}, got {list(slots)}"
@@ -510,7 +510,7 @@ class Window:
         tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
         pick(BEGIN, tensors.error.device)(
-            self.opening, num_drafts, query_start_loc, [slots[group] for group in self._groups],
+            self.opening, num_drafts, query_start_loc, [slots[group] for group in self.groups],
             seq_lens, token_ids,
         )  # fmt: skip
         if not tensors.staging:  # every row is certain, those that would be drafts too

@@ -65,8 +65,7 @@ class DeviceRunnerHooks(RunnerHooks):
         abort_unsampled(window)
         # On the host vLLM knows how many drafts there are; which rows they are is device data.
         # Without any, the graphs find the routing of direct mode, and the engine's block tables.
-        groups = {batch.group for batch in window.tensors.batches}
-        tables = {name: result[0][int(name)] for name in groups}
+        tables = {name: result[0][int(name)] for name in window.groups}
         if input_batch.num_draft_tokens > 0:
             self._begin_step(window, input_batch, tables, result[1])
         else:
@@ -79,10 +78,10 @@ class DeviceRunnerHooks(RunnerHooks):
         requests = input_batch.cu_num_logits.shape[0] - 1
         window.begin(
             None,
-            input_batch.query_start_loc[: requests + 1],
+            _leading(input_batch.query_start_loc, requests + 1),
             {name: slot_mappings[int(name)] for name in tables},
             block_table=tables,
-            seq_lens=input_batch.seq_lens[:requests],
+            seq_lens=_leading(input_batch.seq_lens, requests),
             token_ids=input_batch.input_ids,
             logit_starts=input_batch.cu_num_logits,
         )
@@ -115,13 +114,19 @@ class DeviceRunnerHooks(RunnerHooks):
             window.abort()
             raise
         done = window.commit(output.sampled_token_ids, None, sampled, rejected)
-        if done.num_sampled is None or done.num_rejected is None:
+        if done.counts is None:
             raise RuntimeError("a commit that was given counts returned none")
         # With the error flag up nothing was committed: each request keeps its first token alone.
         # Else the counts are what they were. A prefill that goes on has sampled, and keeps, none.
-        # Copies: the engine reads them on another stream, while the next step overwrites these.
-        output.num_sampled, output.num_rejected = (
-            done.num_sampled.clone(),
-            done.num_rejected.clone(),
-        )
+        # A copy, of both at once: the engine copies the first to the host on another stream, which
+        # waits for this one, but the next commit, which overwrites the counts, does not wait for
+        # it. How many steps may pass before the host has read them is the scheduler's matter, so no
+        # number of buffers to take turns would do. Memory of the copy is not used again while the
+        # output holds it.
+        output.num_sampled, output.num_rejected = done.counts.clone().unbind(0)
         return output, output.num_sampled, output.num_rejected
+
+
+def _leading(tensor: Tensor, entries: int) -> Tensor:
+    """The tensor without padding; most steps have none, and a view takes time."""
+    return tensor if tensor.shape[0] == entries else tensor[:entries]

@@ -171,6 +171,24 @@ def test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig: Any) -> N
     assert rig.hooks.metrics()["nwor_error_windows"] == 0
 
 
+def test_the_counts_stay_when_the_next_commit_overwrites_the_windows(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine copies them on a stream that the next step does not wait for."""
+    commit, kept = rig.hooks.window.commit, []
+
+    def noted(*given: Any) -> Any:
+        kept.append(commit(*given))
+        return kept[0]
+
+    monkeypatch.setattr(rig.hooks.window, "commit", noted)
+    rig.runner.execute_model(batch())
+    write(rig)
+    _, sampled, rejected = rig.runner.sample("hidden", batch(), None)
+    kept[0].counts.fill_(7)
+    assert (sampled.tolist(), rejected.tolist()) == ([2, 0], [1, 0])
+
+
 def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(rig: Any) -> None:
     for name in MODEL:  # what an earlier step committed at slots 0 to 2
         rig.context[name].kv_cache.permute(0, 2, 1, 3)[0, :3] = 9.0
