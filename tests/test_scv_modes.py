@@ -10,12 +10,12 @@ from typing import Any
 import expecttest
 import pytest
 import torch
-from cases import Batch, Sampling, Span, make_sampling, span_lists
+from cases import Batch, Geometry, Sampling, Span, make_batch, make_sampling, span_lists
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from window_support import ALL, NONE, SOME, rig
+from window_support import ALL, MIXED, NONE, SOME, rig
 
 from nwor_compile import Committed
 from nwor_compile.ops.error_bits import ID_MISMATCH
@@ -205,6 +205,57 @@ def test_malformed_ids_are_logged_counted_and_accept_nothing(
         assert (metrics.nwor_total_staged, metrics.nwor_total_rejected) == (9, 9)
         r.assert_next_window_is_clean()
         assert r.window.metrics().nwor_fallback_count == 1
+
+
+@pytest.mark.parametrize(("message", "spoil"), _malformed(), ids=[m for m, _ in _malformed()])
+def test_ids_that_fitted_let_no_others_through(
+    message: str, spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fits is remembered and not checked again; whatever differs is, also the second time."""
+    with rig() as r, caplog.at_level(logging.ERROR, "nwor_compile"):
+        for window in range(2):
+            before = r.rows()
+            result = r.run(SOME)
+            assert result.accepted.tolist() == SOME
+            assert r.holds(r.expected(before, SOME))
+            r.new_rows(seed=window)
+            before = r.rows()
+            r.begin()
+            r.forward()
+            result = r.window.commit(*spoil(r.sampling(ALL), r.batch))
+            assert result.accepted.tolist() == NONE
+            assert r.holds(r.expected(before, NONE))
+        assert [record.getMessage() for record in caplog.records] == [
+            f"NWOR: {message}. This window accepts nothing."
+        ] * 2
+
+
+def test_ids_that_the_window_knew_in_one_step_are_missing_in_the_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same call, but `begin` was not given the tokens."""
+    with rig() as r, caplog.at_level(logging.ERROR, "nwor_compile"):
+        sampling = r.sampling(NONE)
+        tokens = torch.zeros_like(r.batch.slot_mapping)
+        for known, fallbacks in ((tokens, 0), (None, 1), (tokens, 1)):
+            r.begin(token_ids=known)
+            r.forward()
+            r.window.commit(sampling.sampled_ids, None, sampling.num_sampled)
+            assert r.window.fallbacks == fallbacks
+        assert ["expected the drafts' ids" in x.getMessage() for x in caplog.records] == [True]
+
+
+def test_fewer_requests_than_before_need_fewer_ids() -> None:
+    with rig() as r:
+        r.run(SOME)
+        r.change_batch(make_batch(MIXED[:4], Geometry(), padding=2), seed=1)
+        before, old = r.rows(), r.batch.num_drafts.new_zeros(6, 6).long()
+        r.begin()
+        r.forward()
+        result = r.window.commit(old, r.batch.draft_ids)
+        assert r.window.fallbacks == 1
+        assert result.accepted.tolist() == [0] * 4
+        assert r.holds(r.expected(before, [0] * 4))
 
 
 @pytest.mark.parametrize("scv", MODES)

@@ -155,6 +155,80 @@ def test_begin_refuses_arguments_that_do_not_fit(changed: dict[str, Any], messag
         r.assert_next_window_is_clean()
 
 
+def _meta(name: str) -> Callable[[Rig], dict[str, Any]]:
+    return lambda r: {name: getattr(r.batch, name).to("meta")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (_meta("num_drafts"), "num_drafts: expected int32 or int64 on cpu, got .* on meta"),
+        (_meta("query_start_loc"), "query_start_loc: expected int32 or int64 on cpu, got .* meta"),
+        (_meta("slot_mapping"), r"slot_mapping\[kv\]: expected int32 or int64 on cpu, got .* meta"),
+        (_meta("seq_lens"), "seq_lens: expected int32 or int64 on cpu, got .* on meta"),
+        (_meta("block_table"), r"block_table\[kv\]: expected on cpu, got meta"),
+        (lambda r: {"num_drafts": r.batch.num_drafts.float()}, "num_drafts: .* got torch.float32"),
+        (
+            lambda r: {"num_drafts": r.batch.num_drafts[None]},
+            r"num_drafts: expected shape \[1 to 6",
+        ),
+        (lambda r: {"query_start_loc": r.batch.query_start_loc[1:]}, r"query_start_loc: .*\[7\]"),
+        (lambda r: {"slot_mapping": {"other": r.batch.slot_mapping}}, "slot_mapping: expected one"),
+        (lambda r: {"seq_lens": r.batch.seq_lens[1:]}, r"seq_lens: .*the lengths \[6\], got \[5\]"),
+        (lambda r: {"seq_lens": None}, r"seq_lens: .*the lengths \[6\], got None"),
+        (
+            lambda r: {"block_table": r.batch.block_table.long()},
+            r"block_table\[kv\]: expected int32",
+        ),
+        (lambda r: {"block_table": r.batch.block_table[:, :0].repeat(2, 1)}, r"block_table\[kv\]"),
+        (
+            lambda r: {"block_table": [r.batch.block_table]},
+            "block_table: a window with tail blocks",
+        ),
+        (lambda r: {"token_ids": r.batch.slot_mapping[1:]}, r"token_ids: expected \[at least"),
+        (lambda r: {"token_ids": r.batch.slot_mapping.float()}, "token_ids: expected int32 or"),
+    ],
+)
+def test_a_step_that_fits_lets_no_other_through(
+    changed: Callable[[Rig], dict[str, Any]], message: str
+) -> None:
+    """What fits is remembered and not checked again; whatever differs is."""
+    with rig(tail=True) as r:
+        r.run(SOME)
+        r.begin()
+        r.window.abort()
+        for _ in range(2):
+            with pytest.raises(WindowInputError, match=message):
+                r.begin(**changed(r))
+            assert r.window.state is State.IDLE
+            assert int((r.window.tensors.routing.row_map >= 0).sum()) == 0
+        r.assert_next_window_is_clean()
+
+
+def test_steps_of_other_shapes_dtypes_and_argument_forms_fit_one_after_another() -> None:
+    with rig(tail=True, max_requests=8) as r:
+        for _ in range(2):
+            for drafts, slots in ((torch.int32, torch.int64), (torch.int64, torch.int32)):
+                batch = r.batch
+                starts = torch.cat(
+                    [batch.num_drafts.new_zeros(1), (batch.num_drafts + 1).cumsum(0)]
+                )
+                for counts in (
+                    {"num_drafts": batch.num_drafts.to(drafts)},
+                    {"num_drafts": None, "logit_starts": starts.to(drafts)},
+                ):
+                    r.new_rows(seed=3)
+                    before = r.rows()
+                    r.begin(
+                        **counts,
+                        slot_mapping={"kv": batch.slot_mapping.to(slots)},
+                        block_table={"kv": batch.block_table},
+                    )
+                    r.forward()
+                    assert r.commit(SOME).accepted.tolist() == SOME
+                    assert r.holds(r.expected(before, SOME))
+
+
 def test_a_slot_mapping_longer_than_max_tokens_is_refused_even_with_many_requests() -> None:
     """The limit is max_tokens, not the length that query_start_loc may have."""
     with rig(max_tokens=4) as r:
