@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cases import Geometry, Span, make_batch
 from torch import Tensor
+from window_support import MIXED, Rig, rig
 
 pytest.importorskip("triton")
 
@@ -17,8 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nwor_compile.ops.kernels import launch
+from nwor_compile.ops.kernels import begin, launch, redirect, scv
 from nwor_compile.ops.kernels.launch import KeptLaunch
+from nwor_compile.ops.library import implementation, pick
+from nwor_compile.ops.scv import JUDGE, verdict_buffers
+from nwor_compile.scv import GraphValidator
 
 Launches = list[tuple[Any, ...]]
 
@@ -214,3 +220,91 @@ class Recorder:
             self.specializations.append((self.bind(*arguments)[1], options))
 
         return run
+
+
+def step(r: Rig, form: dict[str, Any], tail: bool) -> None:
+    """Begin, commit and a step without a window, with arguments of these dtypes and strides."""
+
+    def like(tensor: Tensor) -> Tensor:
+        """The same numbers as `form` says."""
+        tensor = tensor.to(form["dtype"])
+        if form["strided"]:
+            tensor = torch.stack((tensor, tensor), -1)[..., 0]
+        elif not form["aligned"] and tensor.dim() == 1:
+            tensor = torch.cat((tensor[:1], tensor))[1:]
+        return tensor
+
+    batch, sampling = r.batch, r.sampling([0] * len(r.batch.spans))
+    more: dict[str, Any] = {}
+    if tail:
+        more = {"seq_lens": like(batch.seq_lens), "block_table": batch.block_table}
+        if form["strided"]:
+            more["block_table"] = torch.cat([batch.block_table] * 2, 1)[:, ::2]
+    counts = like(batch.num_drafts)
+    if form["logits"]:
+        more["logit_starts"] = like(torch.nn.functional.pad((counts + 1).cumsum(0), (1, 0)))
+    if form["ids"]:
+        more["token_ids"] = like(torch.zeros_like(batch.slot_mapping))
+    r.window.begin(
+        None if form["logits"] else counts, like(batch.query_start_loc), like(batch.slot_mapping),
+        **more,
+    )  # fmt: skip
+    said = like(sampling.num_sampled) if sampling.num_sampled is not None else None
+    r.window.commit(
+        like(sampling.sampled_ids), None if form["ids"] else like(batch.draft_ids),
+        said if form["counted"] else None,
+        said if form["counted"] else None,
+    )  # fmt: skip
+    if tail:
+        r.window.pass_through(more["block_table"])
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_launches_of_one_key_are_one_kernel_to_triton(
+    tail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every launch of a window's steps goes the ordinary way here, and for all that have a key in
+    common Triton must decide the same."""
+    decided: dict[Any, list[Any]] = {}
+    first = KeptLaunch._launch_first
+
+    def noted(self: KeptLaunch, programs: int, key: Any, arguments: Any) -> None:
+        first(self, programs, key, arguments)
+        decided.setdefault((id(self), key), []).append(self.kernel.specializations.pop())
+
+    for module, name in (
+        (begin, "_begin_kernel"), (redirect, "_redirect_kernel"), (redirect, "_pass_kernel"),
+        (scv, "_judge_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    monkeypatch.setattr(KeptLaunch, "_launch_first", noted)
+    monkeypatch.setattr(GraphValidator, "__call__", judge_alone)
+    choices = {
+        "dtype": (torch.int32, torch.int64), "strided": (False, True), "aligned": (True, False),
+        "logits": (False, True), "ids": (False, True), "counted": (False, True),
+    }  # fmt: skip
+    forms = [dict(zip(choices, form, strict=True)) for form in product(*choices.values())]
+    with implementation("triton"), rig(tail=tail, max_requests=20) as r:
+        for spans in (MIXED, [Span(8, 1, 3)], [Span(0, 12, 0), *[Span(3, 1, 1)] * 16]):
+            r.change_batch(make_batch(spans, Geometry(), padding=3))
+            for form in forms:
+                step(r, form, tail)
+    launches = sum(len(each) for each in decided.values())
+    assert launches > 2 * len(decided) > 20
+    for (_, key), specializations in decided.items():
+        assert all(each == specializations[0] for each in specializations), key
+
+
+def judge_alone(
+    self: GraphValidator,
+    sampled_ids: Tensor,
+    draft_ids: Tensor | None = None,
+    num_sampled: Tensor | None = None,
+    num_rejected: Tensor | None = None,
+) -> Any:
+    """What graph mode launches before its graph."""
+    ids = self._known_ids(sampled_ids.shape[0]) if draft_ids is None else draft_ids
+    verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], ids.device)
+    judge = pick(JUDGE, ids.device)
+    judge(self.tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict)
+    return verdict
