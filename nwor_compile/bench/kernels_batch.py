@@ -148,8 +148,10 @@ class Batch:
             torch.randn(self.tokens, heads, point.size, device=device).to(torch.bfloat16)
             for heads in (point.heads, point.kv_heads, point.kv_heads)
         )
-        angle = torch.rand(POSITIONS, point.size // 2, device=device) * 6
-        self.angles = torch.cat([angle.cos(), angle.sin()], dim=1).to(torch.bfloat16)
+        # Quarter turns: the runs rotate in place again and again, and other angles are rounded, so
+        # that rows would grow beyond all bounds, in the caches too.
+        angle = torch.randint(0, 4, (POSITIONS, point.size // 2), device=device) * (torch.pi / 2)
+        self.angles = torch.cat([angle.cos(), angle.sin()], dim=1).round().to(torch.bfloat16)
         self.one = torch.ones(1, device=device)
 
     def _gather(self, cache: Tensor, slots: Tensor) -> Tensor:
