@@ -43,6 +43,8 @@ class _Step:
         self.token_ids = torch.randint(1000, (self.batch.tokens,), device="cuda")
         ids = self.token_ids.view(requests, DRAFTS + 1)[:, 1:]
         self.draft_ids = ids.flatten()
+        # Every token of a span has a logit here.
+        self.logit_starts = self.batch.starts.clone()
         self.ends = self.batch.starts[1:] // (DRAFTS + 1) * DRAFTS
         taken = DRAFTS // 2
         self.sampled = torch.full((requests, DRAFTS + 1), -1, device="cuda")
@@ -58,11 +60,19 @@ class _Step:
         self.window.tensors.state.zero_()
 
     def begin(self) -> None:
-        """Open a window."""
+        """Open a window, as the adapter of vLLM's V2 runner does."""
+        batch = self.batch
+        self.window.begin(
+            None, batch.starts, {"kv": batch.slots}, block_table={"kv": batch.table},
+            seq_lens=batch.lengths, token_ids=self.token_ids, logit_starts=self.logit_starts,
+        )  # fmt: skip
+
+    def begin_plainly(self) -> None:
+        """Open a window by draft counts, without the tokens."""
         batch = self.batch
         self.window.begin(
             batch.num_drafts, batch.starts, batch.slots, block_table=batch.table,
-            seq_lens=batch.lengths, token_ids=self.token_ids,
+            seq_lens=batch.lengths,
         )  # fmt: skip
 
     def abort(self) -> None:
@@ -75,9 +85,22 @@ class _Step:
         self.begin()
         self.batch.each(self.batch.stage)
 
+    def stage_plainly(self) -> None:
+        """The same by draft counts."""
+        self.begin_plainly()
+        self.batch.each(self.batch.stage)
+
     def commit(self) -> Tensor:
-        """The whole of SCV and the commit, through the window."""
+        """The whole of SCV and the commit, through the window, as the V2 adapter does."""
         return self.window.commit(self.sampled, None, self.num_sampled, self.num_rejected).accepted
+
+    def commit_plainly(self) -> Tensor:
+        """The same with the drafts' ids and without counts."""
+        return self.window.commit(self.sampled, self.draft_ids).accepted
+
+    def pass_through(self) -> None:
+        """A step without a window."""
+        self.window.pass_through({"kv": self.batch.table})
 
     def validate(self) -> None:
         """The same without the window's graph."""
@@ -110,9 +133,12 @@ def measure(requests: int, *, seconds: float, replays: int) -> Measured:
         host = {
             "commit_kv": _host(lambda: None, step.op),
             "Window.begin": _host(step.abort, step.begin),
+            "Window.begin, counts": _host(step.abort, step.begin_plainly),
         }
         step.abort()
+        host["Window.pass_through"] = _host(lambda: None, step.pass_through)
         host["Window.commit"] = _host(step.stage, step.commit)
+        host["Window.commit, ids"] = _host(step.stage_plainly, step.commit_plainly)
         if int(step.window.tensors.error) or step.window.fallbacks:
             raise RuntimeError(
                 f"scv, {requests} requests: the windows that were timed did not commit (error "
@@ -126,7 +152,7 @@ def _repeated(part: Run) -> None:
         part()
 
 
-def _host(prepare: Run, call: Run, repeats: int = 40) -> Spread:
+def _host(prepare: Run, call: Run, repeats: int = 100) -> Spread:
     """Microseconds until `call` returns to the host; the device is idle when it begins."""
     times = []
     for _ in range(repeats + 5):
