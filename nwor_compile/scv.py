@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from nwor_compile.ops.counters import FIXED
 from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
-from nwor_compile.ops.scv import JUDGE, JudgePlan, Verdict, layer_faults, verdict_buffers
+from nwor_compile.ops.scv import JUDGE, JUDGING, JudgePlan, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
 
 log = logging.getLogger("nwor_compile")
@@ -293,6 +294,35 @@ class _Captured:
 _KEPT_RESULTS = 4096
 
 
+class _Prepared(NamedTuple):
+    """A replay, as far as shapes and dtypes of its arguments say what it is.
+
+    ids: the drafts' ids where the caller gives none.
+    """
+
+    captured: _Captured
+    ids: Tensor
+    judge: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
+    result: Committed
+
+    def replay(
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> Committed:
+        """Commit with arguments that look like those it was prepared for."""
+        # The judge reads the caller's tensors where they are and fills the graph's whole verdict,
+        # so no input is copied, and nothing of an earlier window is left.
+        ids = self.ids if draft_ids is None else draft_ids
+        with span("nwor.accept"):
+            self.judge(sampled_ids, ids, num_sampled, num_rejected)
+        with span("nwor.commit"):
+            self.captured.graph.replay()
+        return self.result
+
+
 @dataclass
 class GraphValidator:
     """`validate` with a CUDA graph a size bucket (requests, rounded up to a power of two).
@@ -300,6 +330,8 @@ class GraphValidator:
     Graphs are captured by `warm_up` only: capturing synchronises, and a window must not. A size
     without a graph, a machine without CUDA and a capture that failed run vectorised; each is
     logged once and counted in `vectorised` by reason.
+
+    form, last: of the last call; what it replayed is kept for further ones of that form.
     """
 
     tensors: WindowTensors
@@ -307,7 +339,8 @@ class GraphValidator:
     adaptive: bool
     graphs: dict[int, _Captured] = field(default_factory=dict)
     vectorised: dict[str, int] = field(default_factory=dict)
-    known_ids: dict[int, Tensor] = field(default_factory=dict)
+    form: object = None
+    last: _Prepared | None = None
 
     def __call__(
         self,
@@ -315,21 +348,27 @@ class GraphValidator:
         draft_ids: Tensor | None = None,
         num_sampled: Tensor | None = None,
         num_rejected: Tensor | None = None,
+        *,
+        form: object = None,
     ) -> Committed:
-        """As `validate`. With a graph, the result's tensors are views of the graph's buffers."""
-        tensors = self.tensors
-        ids = self._known_ids(sampled_ids.shape[0]) if draft_ids is None else draft_ids
+        """As `validate`. With a graph, the result's tensors are views of the graph's buffers.
+
+        form: an object that stands for the shapes, dtypes and devices of the arguments: calls that
+            have the same one agree in them.
+        """
+        given = (sampled_ids, draft_ids, num_sampled, num_rejected)
+        last = self.last if form is self.form else None
+        if last is not None and not torch.cuda.is_current_stream_capturing():
+            return last.replay(*given)
+        self.last, self.form = None, form
+        ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
         captured = self._graph_for(sampled_ids, ids)
         if captured is None:
-            return validate(tensors, sampled_ids, ids, num_sampled, num_rejected)
-        return _replay(tensors, captured, sampled_ids, ids, num_sampled, num_rejected)
-
-    def _known_ids(self, requests: int) -> Tensor:
-        """The window's own draft ids: views of a buffer that never moves, so each is kept."""
-        known = self.known_ids.get(requests)
-        if known is None:
-            known = self.known_ids[requests] = _ids(self.tensors, None, requests)
-        return known
+            return validate(self.tensors, sampled_ids, ids, num_sampled, num_rejected)
+        last = _prepare(self.tensors, captured, sampled_ids, ids, num_sampled, num_rejected)
+        if form is not None:
+            self.last = last
+        return last.replay(*given)
 
     def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
         if not sampled_ids.is_cuda:
@@ -360,6 +399,7 @@ class GraphValidator:
         for size in sorted(set(sizes)):
             self._capture(size)
         self.graphs = dict(sorted(self.graphs.items()))
+        self.last = None
 
     def _capture(self, size: int) -> None:
         tensors = self.tensors
@@ -398,7 +438,8 @@ class GraphValidator:
 
     def _time(self, size: int, captured: _Captured, sampled: Tensor, drafts: Tensor) -> bool:
         given = (sampled, drafts, None, None)
-        graph_us = _microseconds(lambda: _replay(self.tensors, captured, *given))
+        prepared = _prepare(self.tensors, captured, *given)
+        graph_us = _microseconds(lambda: prepared.replay(*given))
         plain_us = _microseconds(lambda: validate(self.tensors, *given))
         log.info(
             "SCV adaptive, %d requests: graph %.1f us, vectorised %.1f us; %s is kept",
@@ -407,23 +448,22 @@ class GraphValidator:
         return graph_us <= plain_us
 
 
-def _replay(
+def _prepare(
     tensors: WindowTensors,
     captured: _Captured,
     sampled_ids: Tensor,
     draft_ids: Tensor,
     num_sampled: Tensor | None,
     num_rejected: Tensor | None,
-) -> Committed:
-    # The judge reads the caller's tensors where they are and fills the graph's whole verdict, so no
-    # input is copied, and nothing of an earlier window is left.
-    _judge(tensors, sampled_ids, draft_ids, num_sampled, num_rejected, captured.verdict)
-    with span("nwor.commit"):
-        captured.graph.replay()
-    return captured.result(
+) -> _Prepared:
+    judge = pick(JUDGING, tensors.error.device)(
+        tensors.judging, sampled_ids, draft_ids, num_sampled, num_rejected, captured.verdict
+    )
+    result = captured.result(
         tensors, sampled_ids.shape[0], draft_ids.shape[0], num_sampled is not None,
         num_rejected is not None,
     )  # fmt: skip
+    return _Prepared(captured, draft_ids, judge, result)
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:

@@ -553,7 +553,9 @@ class Window:
                 self._log.warn_columns(columns, longest)
         if self.config.scv == "off":
             return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled, num_rejected)
-        return self.validator(sampled_ids, draft_ids, num_sampled, num_rejected)
+        return self.validator(
+            sampled_ids, draft_ids, num_sampled, num_rejected, form=self._right_commit
+        )
 
     def _problem(
         self,

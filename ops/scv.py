@@ -6,6 +6,7 @@ checks of nothing, in one launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -242,3 +243,28 @@ def layer_faults(plan: JudgePlan) -> Tensor:
 
 
 JUDGE = Launcher(judge, "scv:judge")
+
+
+def judging(
+    plan: JudgePlan,
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+    verdict: Verdict,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]:
+    """`judge` for arguments of the shapes, dtypes and device of these, to be called with them or
+    with others that look the same. Does nothing yet."""
+
+    def run(
+        sampled_ids: Tensor,
+        draft_ids: Tensor,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> None:
+        judge(plan, sampled_ids, draft_ids, num_sampled, num_rejected, verdict)
+
+    return run
+
+
+JUDGING = Launcher(judging, "scv:Judging")

@@ -24,7 +24,7 @@ from nwor_compile.ops.kernels import begin, launch, redirect, scv
 from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.library import implementation, pick
 from nwor_compile.ops.scv import JUDGE, verdict_buffers
-from nwor_compile.scv import GraphValidator
+from nwor_compile.scv import GraphValidator, _ids
 
 Launches = list[tuple[Any, ...]]
 
@@ -301,9 +301,11 @@ def judge_alone(
     draft_ids: Tensor | None = None,
     num_sampled: Tensor | None = None,
     num_rejected: Tensor | None = None,
+    *,
+    form: object = None,
 ) -> Any:
     """What graph mode launches before its graph."""
-    ids = self._known_ids(sampled_ids.shape[0]) if draft_ids is None else draft_ids
+    ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], ids.device)
     judge = pick(JUDGE, ids.device)
     judge(self.tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict)

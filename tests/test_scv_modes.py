@@ -23,7 +23,7 @@ from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
 from nwor_compile.scv import (
     WindowTensors,
     _Captured,
-    _replay,
+    _prepare,
     _settle,
     host_loop,
     validate,
@@ -497,7 +497,11 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
             if said is not None and data.draw(st.booleans()):
                 refused = torch.tensor([data.draw(st.integers(0, 4)) for _ in counts])
             outcomes = []
-            for run in (partial(host_loop, tensors), partial(_replay, tensors, captured)):
+
+            def replay(*given: Any) -> Committed:
+                return _prepare(tensors, captured, *given).replay(*given)
+
+            for run in (partial(host_loop, tensors), replay):
                 for tensor in (tensors.error, tensors.drafts, tensors.counters):
                     tensor.zero_()
                 tensors.drafts[: len(counts)] = torch.tensor(counts, dtype=torch.int32)
@@ -511,3 +515,99 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
                     [None if t is None else t.tolist() for t in (*outcome, tensors.counters)]
                 )
             assert outcomes[0] == outcomes[1]
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Gives a window graphs that need no CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def give(window: Any) -> None:
+        validator = window.validator
+        for size in (4, window.max_requests):
+            validator.graphs[size] = host_graph(window.tensors, size, window.max_drafts)
+
+        def graph_for(sampled: Tensor, ids: Tensor) -> _Captured:
+            requests, drafts = sampled.shape[0], ids.shape[0]
+            graphs = validator.graphs.items()
+            return next(c for n, c in graphs if n >= requests and c.room >= drafts)
+
+        monkeypatch.setattr(validator, "_graph_for", graph_for)
+
+    return give
+
+
+def test_graphs_replay_for_arguments_of_one_form_after_another(
+    replaying: Callable[[Any], None],
+) -> None:
+    """What is kept of a replay is used for its own form alone."""
+    few = make_batch(MIXED[:4], Geometry(), padding=2)
+    with rig() as r:
+        replaying(r.window)
+        many = r.batch
+        for counted in (True, True, False, False, True):
+            for dtype in (torch.int64, torch.int32, torch.int32):
+                for batch, accepted in ((many, SOME), (many, ALL), (few, [2, 0, 0, 4])):
+                    r.change_batch(batch, seed=len(accepted))
+                    before = r.rows()
+                    r.begin()
+                    r.forward()
+                    sampling = r.sampling(accepted, counted=counted)
+                    said = sampling.num_sampled
+                    result = r.window.commit(
+                        sampling.sampled_ids.to(dtype), batch.draft_ids,
+                        None if said is None else said.to(dtype),
+                        None if said is None else torch.zeros_like(said),
+                    )  # fmt: skip
+                    assert (result.accepted.tolist(), result.error.tolist()) == (accepted, [0])
+                    assert result.mask.shape == batch.draft_ids.shape
+                    assert (result.num_sampled is None) == (not counted)
+                    if said is not None:
+                        assert result.counts is not None
+                        assert result.counts.tolist() == [said.tolist(), [0] * len(accepted)]
+                    assert r.holds(r.expected(before, accepted))
+                    assert r.window.validator.last is not None
+                    assert r.window.validator.last.result is result
+        assert r.window.fallbacks == 0
+
+
+def test_a_replay_of_the_same_form_takes_the_new_arguments(
+    replaying: Callable[[Any], None],
+) -> None:
+    """Also where the validator was called for another form, or the graphs are new."""
+    with rig() as r:
+        replaying(r.window)
+        r.run(SOME)
+        prepared = r.window.validator.last
+        assert prepared is not None
+        for accepted in (ALL, NONE, SOME):
+            r.new_rows(seed=sum(accepted))
+            before = r.rows()
+            result = r.run(accepted)
+            assert result.accepted.tolist() == accepted
+            assert r.holds(r.expected(before, accepted))
+            assert r.window.validator.last is prepared
+        r.begin()
+        sampling = r.sampling(NONE, counted=False)
+        r.window.validator(sampling.sampled_ids.int(), r.batch.draft_ids)
+        r.window.abort()
+        before = r.rows()
+        assert r.run(ALL).accepted.tolist() == ALL
+        assert r.holds(r.expected(before, ALL))
+
+
+def test_a_commit_under_capture_replays_no_graph(
+    replaying: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launches become part of the caller's graph."""
+    with rig() as r:
+        replaying(r.window)
+        r.run(SOME)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(r.window.validator, "_graph_for", lambda *given: None)
+            patch.setattr(HostGraph, "replay", lambda self: pytest.fail("graphs do not nest"))
+            before = r.rows()
+            assert r.run(ALL).accepted.tolist() == ALL
+            assert r.holds(r.expected(before, ALL))
+        assert r.run(SOME).accepted.tolist() == SOME

@@ -306,6 +306,59 @@ def judge_launch(plan: JudgePlan) -> JudgeLaunch:
     )
 
 
+class Judging:
+    """`nwor_compile.ops.scv.judge` in one launch, for arguments of the form that it is made with:
+    what follows from shapes and dtypes is worked out once, addresses and strides at each call."""
+
+    def __init__(
+        self,
+        plan: JudgePlan,
+        sampled_ids: Tensor,
+        draft_ids: Tensor,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+        verdict: Verdict,
+    ) -> None:
+        self.kept, self.constants, self.somewhere = plan.launch
+        flags, wide = 0, torch.int64
+        for bit, tensor in (
+            (WIDE_SAMPLED, sampled_ids), (WIDE_DRAFTS, draft_ids), (WIDE_COUNT, num_sampled),
+            (WIDE_REJECTED, num_rejected),
+        ):  # fmt: skip
+            if tensor is not None and tensor.dtype is wide:
+                flags |= bit
+        flags |= HAS_COUNT if num_sampled is not None else 0
+        flags |= HAS_REJECTED if num_rejected is not None else 0
+        requests, columns = sampled_ids.shape
+        mask, numbers, room, rows = verdict.place
+        self.programs = 2 + max(0, requests - 1) // _JUDGED
+        self.places = (mask or self.somewhere, numbers or self.somewhere, room, rows)
+        self.sizes = (flags, requests, columns, draft_ids.shape[0])
+
+    def __call__(
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> None:
+        count = rejected = somewhere = self.somewhere
+        s_count = s_rejected = 0
+        if num_sampled is not None:
+            count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
+        if num_rejected is not None:
+            rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
+        self.kept(
+            self.programs,
+            numbers=(
+                *self.places, sampled_ids.data_ptr() or somewhere,
+                draft_ids.data_ptr() or somewhere, count, rejected, *self.sizes,
+                *sampled_ids.stride(), *draft_ids.stride(), s_count, s_rejected,
+            ),
+            constants=self.constants,
+        )  # fmt: skip
+
+
 def judge(
     plan: JudgePlan,
     sampled_ids: Tensor,
@@ -315,29 +368,5 @@ def judge(
     verdict: Verdict,
 ) -> None:
     """`nwor_compile.ops.scv.judge` in one launch."""
-    (kept, constants, somewhere), wide = plan.launch, torch.int64
-    requests, columns = sampled_ids.shape
-    s_request, s_column = sampled_ids.stride()
-    (ids,), (s_draft,) = draft_ids.shape, draft_ids.stride()
-    count = rejected = somewhere
-    s_count = s_rejected = flags = 0
-    if sampled_ids.dtype is wide:
-        flags |= WIDE_SAMPLED
-    if draft_ids.dtype is wide:
-        flags |= WIDE_DRAFTS
-    if num_sampled is not None:
-        flags |= HAS_COUNT | (WIDE_COUNT if num_sampled.dtype is wide else 0)
-        count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
-    if num_rejected is not None:
-        flags |= HAS_REJECTED | (WIDE_REJECTED if num_rejected.dtype is wide else 0)
-        rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
-    mask, numbers, room, rows = verdict.place
-    kept(
-        2 + max(0, requests - 1) // _JUDGED,
-        numbers=(
-            mask or somewhere, numbers or somewhere, room, rows,
-            sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count, rejected,
-            flags, requests, columns, ids, s_request, s_column, s_draft, s_count, s_rejected,
-        ),
-        constants=constants,
-    )  # fmt: skip
+    given = (sampled_ids, draft_ids, num_sampled, num_rejected)
+    Judging(plan, *given, verdict)(*given)
