@@ -342,7 +342,7 @@ def test_invariant_6_an_overflow_of_all_counts_together_is_flagged_and_writes_no
     None
 ):
     with rig() as r:
-        r.window.capacity = 8  # the batch has nine drafts
+        r.window.opening = replace(r.window.opening, capacity=8)  # the batch has nine drafts
         before = r.rows()
         r.begin()
         assert r.window.tensors.error.item() == OVERFLOW
