@@ -142,16 +142,18 @@ class KeptLaunch:
             constants: its constexprs.
         """
         places: list[int | None] = []
-        kinds: list[tuple[torch.dtype, bool] | None] = []
+        parts: list[object] = [constants, strides]
         for tensor in pointers:
             if tensor is None:
                 places.append(None)
-                kinds.append(None)
-            else:
-                place = tensor.data_ptr()
-                places.append(place)
-                kinds.append((tensor.dtype, place % 16 == 0))
-        key = (constants, strides, *kinds)
+                parts.append(None)
+                continue
+            place = tensor.data_ptr()
+            places.append(place)
+            parts.append(tensor.dtype)
+            if place % 16:  # behind the dtype of the tensor that is not aligned
+                parts.append(place % 16)
+        key = tuple(parts)
         kernel = self.kept.get(key)
         if kernel is None:
             arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
