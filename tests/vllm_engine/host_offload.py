@@ -47,6 +47,8 @@ class HostWorker(OffloadingWorker):
 class HostSpec(CPUOffloadingSpec):
     """The scheduler's side is vLLM's own."""
 
+    _worker: OffloadingWorker | None
+
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
         if self._worker is None:
             caches = [
