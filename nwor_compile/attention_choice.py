@@ -1,18 +1,34 @@
-"""Which kernel attends for a verify step in vLLM, with setting `auto`: from shapes alone, so that
-a captured graph and its replays agree. `nwor bench kernels` measures both."""
+"""Which kernel attends for a verify step in vLLM, with setting `auto`.
+
+`nwor bench kernels` measures both; the limits are where its record has this package's ahead of
+FlashAttention 3.
+"""
 
 from __future__ import annotations
 
-# Requests, and tokens a request, up to which this package's kernel is ahead of FlashAttention 3 in
-# the record of `nwor bench kernels`.
+# Few requests are too little work for FA3's schedule, whatever their contexts.
+ALWAYS_REQUESTS = 2
+# Some more are, while their contexts together are short and query heads share KV heads.
 FUSED_REQUESTS = 4
+FUSED_TOKENS = 32768
 FUSED_SPAN = 16
 
 
-def prefers_fused(requests: int, longest_span: int) -> bool:
+def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: bool) -> bool:
     """True for this package's kernel, False for the engine's own; both read staged rows by the
     redirected block table.
 
     requests: of the step, padding included. longest_span: the most tokens that one of them has.
+    tokens: of all contexts together, or an upper bound. grouped: several query heads share a KV
+    head.
     """
-    return requests <= FUSED_REQUESTS and 1 < longest_span <= FUSED_SPAN
+    if not 1 < longest_span <= FUSED_SPAN:
+        return False
+    if depends_on_tokens(requests, longest_span):
+        return grouped and tokens <= FUSED_TOKENS
+    return requests <= ALWAYS_REQUESTS
+
+
+def depends_on_tokens(requests: int, longest_span: int) -> bool:
+    """Whether it is the contexts that decide between the kernels for a step of this shape."""
+    return 1 < longest_span <= FUSED_SPAN and ALWAYS_REQUESTS < requests <= FUSED_REQUESTS

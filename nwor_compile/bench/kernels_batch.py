@@ -168,8 +168,9 @@ class Batch:
     @property
     def fused_preferred(self) -> bool:
         """Whether `auto` in vLLM would take this package's attention."""
-        return self.point.kv_cache_dtype == "auto" and prefers_fused(
-            self.point.batch, self.point.span
+        point = self.point
+        return point.kv_cache_dtype == "auto" and prefers_fused(
+            point.batch, point.span, sum(point.lengths), grouped=point.heads > point.kv_heads
         )
 
     @property

@@ -24,6 +24,7 @@ BACKEND = "v1/attention/backend.py"
 CPU_BACKEND = "v1/attention/backends/cpu_attn.py"
 FLASH_BACKEND = "v1/attention/backends/flash_attn.py"
 V2_RUNNER = "v1/worker/gpu/model_runner.py"
+V2_GRAPHS = "v1/worker/gpu/cudagraph_utils.py"
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
 REGISTRY = "v1/attention/backends/registry.py"
 COMPILATION = "config/compilation.py"
@@ -300,6 +301,21 @@ CUDA: tuple[Entry, ...] = (
     Text(
         V2_RUNNER, "GPUModelRunner.sample_tokens",
         "self.sample(hidden_states, input_batch, grammar_output)", until=CUDA_END,
+    ),
+    # context_graphs.py: graphs by descriptor, and those to capture, are what its copy replaces.
+    Function(V2_GRAPHS, "ModelCudaGraphManager.capture", ("self", "model"), until=CUDA_END),
+    Function(V2_GRAPHS, "ModelCudaGraphManager.run_fullgraph", ("self", "desc"), until=CUDA_END),
+    Attributes(V2_GRAPHS, "CudaGraphManager", ("graphs", "_capture_descs"), until=CUDA_END),
+    Names(
+        V2_GRAPHS, "BatchExecutionDescriptor", ("num_tokens", "num_reqs"), until=CUDA_END
+    ),
+    Names(
+        "v1/worker/gpu/input_batch.py", "InputBatch", ("seq_lens_cpu_upper_bound",),
+        until=CUDA_END,
+    ),
+    Text(
+        V2_RUNNER, "GPUModelRunner.execute_model",
+        "self.cudagraph_manager.run_fullgraph(batch_desc)", until=CUDA_END,
     ),
     Function(
         V2_SPECULATOR, "DraftModelSpeculator.load_model", ("self", "target_model"), until=CUDA_END

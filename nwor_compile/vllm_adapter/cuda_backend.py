@@ -19,6 +19,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from nwor_compile.attention_choice import prefers_fused
 from nwor_compile.ops import paged_attention
+from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
 
 
@@ -45,10 +46,21 @@ class NworFlashImpl(FlashAttentionImpl):
     """
 
     attention: Literal["auto", "stock", "fused"] = "stock"
+    _longest = 0
+    _contexts: ContextGraphs | None = None
 
-    def choose(self, attention: Literal["auto", "stock", "fused"]) -> str:
-        """Set which kernel runs; return why `fused` cannot, or an empty string."""
+    def choose(
+        self,
+        attention: Literal["auto", "stock", "fused"],
+        longest: int,
+        contexts: ContextGraphs | None = None,
+    ) -> str:
+        """Set which kernel runs; return why `fused` cannot, or an empty string.
+
+        longest: tokens that a request may reach. contexts: knows them step by step.
+        """
         problem = self._fused_refusal()
+        self._longest, self._contexts = longest, contexts
         self.attention = "stock" if problem and attention == "auto" else attention
         return problem if attention == "fused" else ""
 
@@ -67,7 +79,14 @@ class NworFlashImpl(FlashAttentionImpl):
 
     def _fused(self, metadata: Any) -> bool:
         if self.attention == "auto":
-            return prefers_fused(metadata.seq_lens.shape[0], metadata.max_query_len)
+            requests = metadata.seq_lens.shape[0]
+            tokens = None if self._contexts is None else self._contexts.tokens
+            return prefers_fused(
+                requests,
+                metadata.max_query_len,
+                requests * self._longest if tokens is None else tokens,
+                grouped=self.num_heads > self.num_kv_heads,
+            )
         return self.attention == "fused"
 
     def forward(

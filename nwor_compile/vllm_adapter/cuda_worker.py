@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
 from nwor_compile.vllm_adapter import graph_split
+from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
 from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
 from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
@@ -43,11 +44,15 @@ class NworGPUWorker(PublishesMetrics, Worker):
             return
         theirs = drafters_layers(self.model_runner)
         context = self.vllm_config.compilation_config.static_forward_context
+        longest = self.vllm_config.model_config.max_model_len
+        contexts = None
+        if isinstance(self.nwor, DeviceRunnerHooks) and self._settings.attention == "auto":
+            contexts = self.nwor.contexts = ContextGraphs()
         for name, layer in context.items():
             impl = getattr(layer, "impl", None)
             if name in theirs or not isinstance(impl, NworFlashImpl):
                 continue
-            problem = impl.choose(self._settings.attention)
+            problem = impl.choose(self._settings.attention, longest, contexts)
             if problem:
                 raise ConfigError(f"layer {name}: {problem}")
 

@@ -56,6 +56,8 @@ PATCHES: dict[str, Patch] = {
     "GPUModelRunner.sample": Patch(
         ("hidden_states", "input_batch", "grammar_output"), "commit after it"
     ),
+    "ModelCudaGraphManager.capture": Patch((), "steps whose kernel goes by contexts: twice"),
+    "ModelCudaGraphManager.run_fullgraph": Patch(("desc",), "which of the two"),
     # In the scheduler of a staged engine with vLLM's OffloadingConnector.
     "OffloadingConnectorScheduler._calc_num_offloadable_tokens": Patch(
         ("req_status", "num_computed_tokens"), "store no row that was never computed"

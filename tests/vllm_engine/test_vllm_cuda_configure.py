@@ -190,26 +190,47 @@ def test_the_fused_kernel_says_where_it_cannot_run_and_auto_does_without() -> No
         impl = object.__new__(NworFlashImpl)
         impl.__dict__.update(fine, **change)
         assert impl.attention == "stock"
-        reason = impl.choose("fused")
+        reason = impl.choose("fused", 4096)
         assert (named in reason) if named else not reason
-        assert not impl.choose("auto")
+        assert not impl.choose("auto", 4096)
         assert impl.attention == ("stock" if named else "auto")
 
 
 @pytest.mark.parametrize(
-    ("requests", "longest", "fused"),
-    [(1, 5, True), (4, 5, True), (5, 5, False), (1, 1, False), (1, 17, False), (64, 5, False)],
-)
+    ("requests", "span", "tokens", "fused"),
+    [
+        (1, 5, 1 << 20, True), (2, 5, 1 << 20, True), (4, 5, 32768, True), (4, 5, 32769, False),
+        (5, 5, 5, False), (1, 1, 9, False), (1, 17, 9, False), (64, 5, 64, False),
+    ],
+)  # fmt: skip
 def test_auto_takes_the_fused_kernel_for_small_decode_batches(
-    requests: int, longest: int, fused: bool
+    requests: int, span: int, tokens: int, fused: bool
 ) -> None:
+    from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
     from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
 
     impl = object.__new__(NworFlashImpl)
-    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=longest)
+    impl.num_heads, impl.num_kv_heads = 8, 4
+    impl._contexts = contexts = ContextGraphs()
+    contexts.tokens = tokens
+    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=span)
     for attention, wanted in (("auto", fused), ("stock", False), ("fused", True)):
         impl.attention = attention  # type: ignore[assignment]
         assert impl._fused(metadata) is wanted
+
+
+def test_auto_without_shared_kv_heads_or_known_contexts() -> None:
+    from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
+
+    impl = object.__new__(NworFlashImpl)
+    impl.attention, impl.num_heads, impl.num_kv_heads = "auto", 8, 4
+    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(4,)), max_query_len=5)
+    impl._longest = 8192
+    assert impl._fused(metadata)
+    impl._longest = 8193
+    assert not impl._fused(metadata)
+    impl._longest, impl.num_kv_heads = 8192, 8
+    assert not impl._fused(metadata)
 
 
 def test_caches_get_tail_blocks_of_each_group_at_their_ends() -> None:

@@ -1,0 +1,81 @@
+"""FULL graphs for short contexts and for long ones, on vLLM's V2 runner.
+
+A graph has its kernels recorded, and vLLM picks one by the numbers of requests and tokens. Where
+setting `auto` goes by the contexts as well (`attention_choice.py`), a step of that shape is
+captured twice: with this package's attention, and with vLLM's own. Which of the two is replayed is
+known on the host without a wait: vLLM keeps upper bounds of the contexts there.
+
+Wrapped on the runner's graph manager: `capture`, which then captures once more, and
+`run_fullgraph`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
+
+from nwor_compile.attention_choice import FUSED_REQUESTS, FUSED_TOKENS, depends_on_tokens
+from nwor_compile.vllm_adapter import patches
+
+
+class ContextGraphs:
+    """tokens: of all contexts of the step under way, an upper bound; None where not known."""
+
+    tokens: int | None = None
+
+    def __init__(self) -> None:
+        self._long: Any = None
+
+    def attach(self, manager: Any) -> None:
+        """To a `ModelCudaGraphManager` that has captured nothing yet."""
+        patches.wrap(manager, "ModelCudaGraphManager.run_fullgraph", self._run)
+        patches.wrap(
+            manager,
+            "ModelCudaGraphManager.capture",
+            lambda original, *args, **kwargs: self._capture(manager, original, *args, **kwargs),
+        )
+
+    def step(self, input_batch: Any) -> None:
+        """A step's requests are known."""
+        bounds = input_batch.seq_lens_cpu_upper_bound
+        # The sum takes time on the host, and larger batches do not need it.
+        self.tokens = int(bounds.sum()) if bounds.shape[0] <= FUSED_REQUESTS else None
+
+    def _capture(
+        self, manager: Any, original: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
+        try:
+            self.tokens = 0
+            original(*args, **kwargs)
+            # The same manager with other graphs: buffers and memory pool are shared.
+            long = copy.copy(manager)
+            del long.capture, long.run_fullgraph  # the wrappers
+            long.graphs = {}
+            long._capture_descs = _that_depend(manager._capture_descs)
+            self.tokens = sys.maxsize
+            if long._capture_descs:
+                long.capture(*args, **kwargs)
+                self._long = long
+        finally:
+            self.tokens = None
+
+    def _run(self, original: Callable[[Any], Any], desc: Any) -> Any:
+        long = self._long
+        short = self.tokens is not None and self.tokens <= FUSED_TOKENS
+        if long is None or short or desc not in long.graphs:
+            return original(desc)
+        return long.run_fullgraph(desc)
+
+
+def _that_depend(descs: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
+    """Of the graphs to capture those of uniform decode steps where contexts decide."""
+    found = [
+        desc
+        for desc in descs.get(CUDAGraphMode.FULL, [])
+        if desc.num_reqs and depends_on_tokens(desc.num_reqs, desc.num_tokens // desc.num_reqs)
+    ]
+    return {CUDAGraphMode.FULL: found} if found else {}
