@@ -105,8 +105,9 @@ def test_a_kept_kernel_is_launched_on_the_current_stream() -> None:
         for _ in range(2):  # nothing is left to compile
             r.begin()
             r.window.abort()
-        torch.cuda.synchronize()
         row_map, side = r.window.tensors.routing.row_map, torch.cuda.Stream()
+        row_map.fill_(-1)  # an abort leaves it as it was
+        torch.cuda.synchronize()
         with torch.cuda.stream(side):
             torch.cuda._sleep(400_000_000)  # a fifth of a second
             r.begin()

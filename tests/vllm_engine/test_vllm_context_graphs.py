@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
+
+pytestmark = pytest.mark.vllm
 
 
 class CudaGraphManager:

@@ -17,6 +17,7 @@ ranks do not share their flag: the tokens must come out otherwise, or the test a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -213,20 +214,24 @@ def judge(engines: Mapping[str, Mapping[str, Any]], layers: int) -> list[str]:
         for name in ("stock", "stage")
         if "error" in engines.get(name, {"error": ""})
     ]
-    if problems:
-        return problems
-    stock, stage = engines["stock"], engines["stage"]
     for name, engine in engines.items():
-        problems += _started(name, engine["facts"], layers)
+        if "facts" in engine:
+            problems += _started(name, engine["facts"], layers)
+    # What both have run is judged, also where one of them failed later.
+    stock, stage = (engines.get(name, {}).get("results", {}) for name in ("stock", "stage"))
     for run in COMPARED:
-        problems += _compared(run, stage["results"][run], stock["results"][run])
-    for run in ("audited", "fault"):
-        problems += _audited(run, stage["results"][run], stock["results"][run])
-    problems += _counted(stage["results"]["steady"]["counted"])
-    for run in COMPARED:
-        problems += _counters(run, stage["results"][run])
-    problems += _faults(stage["results"]["fault"], stock["results"]["fault"])
-    return problems + _control(stage["results"])
+        if run not in stock or run not in stage:
+            problems.append(f"{run}: not run")
+            continue
+        problems += _compared(run, stage[run], stock[run])
+        problems += _counters(run, stage[run])
+        if run in ("audited", "fault"):
+            problems += _audited(run, stage[run], stock[run])
+        if run == "steady":
+            problems += _counted(stage[run]["counted"])
+        if run == "fault":
+            problems += _faults(stage[run], stock[run])
+    return problems + (_control(stage) if "alone" in stage else ["alone: not run"])
 
 
 def _started(name: str, facts: Mapping[str, Any], layers: int) -> list[str]:
@@ -330,15 +335,20 @@ def _control(results: Mapping[str, Any]) -> list[str]:
 
 
 def shortened(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """For the record: of ids their number, no log probabilities."""
+    """For the record: of ids their number and a hash, no log probabilities."""
     results = {
         run: {
             **{k: v for k, v in found.items() if k not in ("ids", "logprobs", "totals", "served")},
-            **({"tokens": sum(map(len, found["ids"]))} if "ids" in found else {}),
+            **(_tokens(found["ids"]) if "ids" in found else {}),
         }
         for run, found in engine.get("results", {}).items()
     }
     return {**engine, "results": results}
+
+
+def _tokens(ids: list[list[int]]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return {"tokens": sum(map(len, ids)), "ids_sha256": digest}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from engine_process import fill_uninitialised_memory
 from step_audit import StepAudit, audited_layers, drafters_layers
-from torch import Tensor, nn
+from torch import nn
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -171,8 +171,8 @@ class RankProbe:
 
     @torch.inference_mode()
     def probe_cost(self, requests: int) -> dict[str, Any]:
-        """Microseconds that a commit without drafts takes on the device, with each way to share the
-        flag, or why that way failed. settle_us: many in one graph, one after the other; commit_us:
+        """Microseconds that a commit without drafts takes on the device, alone and with a shared
+        flag, or why that failed. settle_us: many in one graph, one after the other; commit_us:
         judge and graph, as a step launches them. All ranks must be asked at once."""
         from nwor_compile.scv import GraphValidator
 
@@ -182,7 +182,9 @@ class RankProbe:
         kept = [tensor.clone() for tensor in persistent]
         tensors.drafts.zero_()
         found: dict[str, dict[str, float | str]] = {"settle_us": {}, "commit_us": {}}
-        for name, share in self._probe_ways(tensors.share_error).items():
+        # In vLLM's custom all-reduce, which waits for the end of a capture to learn its buffers, a
+        # flag cannot be shared by graphs like these.
+        for name, share in (("none", None), ("nccl", tensors.share_error)):
             variant = dataclasses.replace(tensors, share_error=share)
             validator = GraphValidator(variant, window.max_drafts, adaptive=False)
             try:
@@ -195,22 +197,6 @@ class RankProbe:
         for tensor, value in zip(persistent, kept, strict=True):
             tensor.copy_(value)
         return found
-
-    def _probe_ways(self, share: Any) -> dict[str, Callable[[Tensor], None] | None]:
-        """none, what runs, torch's own group, and the latency of vLLM's custom all-reduce (of 16
-        bytes, without what it would take to make floats of flags)."""
-        group = get_tp_group()
-        largest = torch.distributed.ReduceOp.MAX
-
-        def by_torch(error: Tensor) -> None:
-            torch.distributed.all_reduce(error, largest, group=group.device_group)
-
-        ways = {"none": None, "nccl": share}
-        custom = getattr(group.device_communicator, "ca_comm", None)
-        if custom is not None and not custom.disabled:
-            buffer = torch.zeros(4, dtype=torch.float32, device=group.device)
-            ways["custom"] = lambda error: custom.all_reduce(buffer, out=buffer)
-        return {**ways, "torch": by_torch}
 
 
 def _settled_us(tensors: Any, requests: int, drafts: int) -> float:

@@ -175,7 +175,18 @@ def test_each_fault_is_named(spoil: Callable[[Any], None], said: str) -> None:
 
 
 def test_an_engine_that_never_started_is_a_problem() -> None:
-    assert judge({"stage": engines()["stage"]}, LAYERS) == ["stock: it was not started"]
+    found = judge({"stage": engines()["stage"]}, LAYERS)
+    assert found[0] == "stock: it was not started"
+    assert found[1:] == [f"{run}: not run" for run in ("audited", "sampled", "steady", "fault")]
+
+
+def test_what_ran_before_an_engine_ended_is_judged() -> None:
+    found = engines()
+    found["stage"]["error"] = "it ended"
+    del found["stage"]["results"]["alone"]
+    assert judge(found, LAYERS) == ["stage: it ended", "alone: not run"]
+    other_token(found)
+    assert any("sampled: token ids differ" in problem for problem in judge(found, LAYERS))
 
 
 def test_the_record_has_no_ids() -> None:
