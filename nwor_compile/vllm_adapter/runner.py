@@ -31,6 +31,12 @@ from nwor_compile.window import State, Window
 
 log = logging.getLogger("nwor_compile")
 
+WRONG_GROUP = (
+    "the draft model's layer {layer} is in KV-cache group {group}, but vLLM's V1 runner hands a "
+    "draft model the slots of group 0: what it writes overwrites rows of the target, staged or "
+    "not. Use another method, or a target whose layers are all of one kind"
+)
+
 
 class RunnerHooks:
     """Wraps a runner's methods; owns its window."""
@@ -198,6 +204,8 @@ class RunnerHooks:
                 shared = getattr(layer, "kv_sharing_target_layer_name", None)
                 if drafters and shared in (self._target or ()):
                     return {}, {}, f"the drafter's layer {name} reads the target's cache ({shared})"
+                if drafters and index and _takes_first_group(self.runner):
+                    return {}, {}, WRONG_GROUP.format(layer=name, group=index)
                 if drafters or shared is not None:
                     continue
                 reason = layer_refusal(name, layer)
@@ -261,6 +269,12 @@ class RunnerHooks:
         column = torch.arange(sampled.shape[1], device=sampled.device)
         output.sampled_token_ids = torch.where(column > done.accepted[:, None], -1, sampled)
         return output
+
+
+def _takes_first_group(runner: Any) -> bool:
+    """Whether the drafter is one that `_build_attention_metadata` of vLLM's V1 runner always gives
+    the slots and block tables of the first KV-cache group; others get their own group's."""
+    return type(getattr(runner, "drafter", None)).__name__ == "DraftModelProposer"
 
 
 def abort_unsampled(window: Window) -> None:

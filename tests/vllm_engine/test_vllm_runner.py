@@ -164,6 +164,40 @@ def test_a_drafter_that_reads_the_targets_cache_is_refused() -> None:
         runner.initialize_kv_cache(groups(runner.config.compilation_config.static_forward_context))
 
 
+class DraftModelProposer(Drafter):
+    """Known by vLLM's name for it."""
+
+
+@pytest.mark.parametrize(
+    ("drafter", "group", "refused"),
+    [(DraftModelProposer, 1, True), (DraftModelProposer, 0, False), (Drafter, 1, False)],
+)
+def test_a_draft_model_whose_rows_would_go_to_another_group_is_refused(
+    drafter: type[Drafter], group: int, refused: bool
+) -> None:
+    from nwor_compile.vllm_adapter.runner import RunnerHooks
+
+    context = {"a.0": layer(), "a.1": layer()}
+    config = config_of(context)
+    runner = Runner(config, drafter(context, {"draft.0": layer()}))
+    hooks: Any = RunnerHooks(runner, config, NworConfig(mode="stage", strict=True))
+    _open_hooks.append(hooks)
+    runner.drafter.load_model(None)
+    runner._kernel_block_sizes *= 2
+    runner.input_batch.block_table *= 2
+    made = groups(context)
+    names = [["a.0"], ["a.1"]]
+    names[group].append("draft.0")
+    spec = made.kv_cache_groups[0].kv_cache_spec
+    made.kv_cache_groups = [SimpleNamespace(layer_names=n, kv_cache_spec=spec) for n in names]
+    if refused:
+        with pytest.raises(ConfigError, match=r"draft\.0 is in KV-cache group 1"):
+            runner.initialize_kv_cache(made)
+    else:
+        runner.initialize_kv_cache(made)
+        assert hooks.window.layer_names == ("a.0", "a.1")
+
+
 def test_a_backend_that_cannot_stage_is_refused_or_runs_direct() -> None:
     target = {"a.0": layer(backend="FLEX_ATTENTION")}
     runner, _ = hooked(target=target)

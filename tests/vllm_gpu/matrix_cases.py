@@ -131,6 +131,7 @@ def _case(model: str = "tiny", **differences: Any) -> Case:
 
 TRITON: dict[str, Any] = {"backend": "TRITON_ATTN"}
 DRAFT: dict[str, Any] = {"method": "draft_model", "runner": "v1"}
+OTHER_GROUP: dict[str, Any] = {"kinds": ("stage",), "expects": "hands a draft model the slots"}
 NGRAM: dict[str, Any] = {
     "method": "ngram", "runner": "v1",
     "speculative": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
@@ -206,9 +207,7 @@ CASES: dict[str, Case] = _named(
     qwen3__eagle__triton=_case("qwen3", **TRITON),
     qwen3__draft=_case("qwen3", **DRAFT),
     # Windows, soft caps, several groups of caches.
-    gemma2__draft=_case("gemma2", **DRAFT),
-    gemma2__draft__triton=_case("gemma2", **DRAFT, **TRITON),
-    gemma2__draft__fp8=_case("gemma2", **DRAFT, cache="fp8"),
+    gemma2__draft=_case("gemma2", **DRAFT, **OTHER_GROUP),
     gemma2__ngram=_case("gemma2", **NGRAM),
     gemma3__eagle=_case("gemma3"),
     gemma3__eagle__soft_cap=_case("gemma3", soft_cap=5.0, filled=True),
@@ -221,7 +220,7 @@ CASES: dict[str, Case] = _named(
     gemma3__eagle__nan=_case("gemma3", kinds=("stock", "nan")),
     gemma3__eagle__preempted=_case("gemma3", small_cache=110),
     gemma3__eagle__other_heads=_case("gemma3", drafter={"num_key_value_heads": 4}, filled=True),
-    gemma3__draft=_case("gemma3", **DRAFT, filled=True),
+    gemma3__draft=_case("gemma3", **DRAFT, **OTHER_GROUP),
     gemma3__ngram=_case("gemma3", **NGRAM),
     mistral__eagle=_case("mistral"),
     mistral__eagle__fp8=_case("mistral", cache="fp8"),
