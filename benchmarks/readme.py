@@ -271,8 +271,10 @@ def _gpu_tests() -> str:
     """How the GPU tests went, plainly and under the memory checker."""
     parts = []
     for prefix, how in (
-        ("gpu-tests-kernels", ""), ("gpu-tests-windows", " (the seven: see benchmarks/README.md)"),
-        ("gpu-memcheck", " under compute-sanitizer memcheck"),
+        ("gpu-tests-kernels", ""), ("gpu-tests-windows", ""), ("gpu-stress", " of 10^6 windows"),
+        ("gpu-tail-stress", " of 200000"),
+        ("gpu-memcheck", " under compute-sanitizer memcheck, of kernels older than tail blocks"),
+        ("gpu-checked-tail-stress", " under memcheck"),
     ):  # fmt: skip
         path = newest(prefix)
         record = json.loads(path.read_text())
@@ -346,21 +348,15 @@ def _engine_row(result: EngineResult, summary: Summary, speed: Sequence[str]) ->
 
 def steps_block() -> str:
     """Decode steps of vLLM engines on a GPU, stock against staged, and how many cases are equal."""
-    texts = []
-    for kind in ("vllm-gpu-steps", "vllm-gpu-early-steps"):
-        path = newest(kind)
-        record = Record.model_validate_json(path.read_text())
-        shown = tables(record)[0]
-        kept = [
-            index
-            for index, name in enumerate(shown.head)
-            if name not in ("spread", "wall", "tokens/s", "note")
-        ]
-        rows = [[row[index] for index in kept] for row in shown.rows]
-        texts.append(
-            f"`{record.commands[0]}` ({record.device}, vLLM {record.versions['vllm']}, "
-            f"`{path.relative_to(ROOT)}`):\n\n{_table([shown.head[i] for i in kept], rows)}"
-        )
+    path = newest("vllm-gpu-steps")
+    record = Record.model_validate_json(path.read_text())
+    shown = tables(record)[0]
+    kept = [i for i, name in enumerate(shown.head) if name not in ("spread", "wall", "tokens/s")]
+    rows = [[row[index] for index in kept] for row in shown.rows]
+    texts = [
+        f"`{record.commands[-1]}` ({record.device}, vLLM {record.versions['vllm']}, "
+        f"`{path.relative_to(ROOT)}`):\n\n{_table([shown.head[i] for i in kept], rows)}"
+    ]
     path = newest("vllm-gpu-matrix")
     cases = Counter(row["state"] for row in json.loads(path.read_text())["rows"])
     counts = ", ".join(f"{number} {state}" for state, number in cases.most_common())
