@@ -71,6 +71,9 @@ def steps(requests: int) -> None:
     from nwor_compile.ops import stage_kv_window
     from nwor_compile.tail_blocks import TailBlocks, tail_blocks_needed
 
+    # Loads vLLM's library too, whose write is the baseline.
+    if problem := vllm.missing():
+        raise SystemExit(f"write_bytes_gpu.py: {problem}")
     blocks = requests * COLUMNS
     spare = tail_blocks_needed(requests, DRAFTS, BLOCK)
     caches = []
