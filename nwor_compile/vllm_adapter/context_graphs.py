@@ -30,6 +30,23 @@ class ContextGraphs:
     def __init__(self) -> None:
         self._long: Any = None
 
+    def hook(self, runner: Any) -> None:
+        """On a V2 runner without other hooks: `DeviceRunnerHooks` calls `attach` and `step`."""
+
+        def initialize_kv_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.attach(runner.cudagraph_manager)
+            return result
+
+        def prepare_attn(
+            original: Callable[..., Any], input_batch: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            self.step(input_batch)
+            return original(input_batch, *args, **kwargs)
+
+        patches.wrap(runner, "GPUModelRunner.initialize_kv_cache", initialize_kv_cache)
+        patches.wrap(runner, "GPUModelRunner.prepare_attn", prepare_attn)
+
     def attach(self, manager: Any) -> None:
         """To a `ModelCudaGraphManager` that has captured nothing yet."""
         patches.wrap(manager, "ModelCudaGraphManager.run_fullgraph", self._run)

@@ -46,8 +46,12 @@ class NworGPUWorker(PublishesMetrics, Worker):
         context = self.vllm_config.compilation_config.static_forward_context
         longest = self.vllm_config.model_config.max_model_len
         contexts = None
-        if isinstance(self.nwor, DeviceRunnerHooks) and self._settings.attention == "auto":
-            contexts = self.nwor.contexts = ContextGraphs()
+        if self.use_v2_model_runner and self._settings.attention == "auto":
+            contexts = ContextGraphs()
+            if isinstance(self.nwor, DeviceRunnerHooks):
+                self.nwor.contexts = contexts
+            else:  # mode `off`, which takes the same kernels
+                contexts.hook(self.model_runner)
         for name, layer in context.items():
             impl = getattr(layer, "impl", None)
             if name in theirs or not isinstance(impl, NworFlashImpl):

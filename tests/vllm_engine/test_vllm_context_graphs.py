@@ -71,6 +71,30 @@ def test_the_replayed_graph_is_the_one_for_the_contexts(
             assert (manager.run_fullgraph(each) != 0) is (long and each in BY_CONTEXT)
 
 
+class Runner:
+    """As vLLM's V2 runner in the names that are used."""
+
+    cudagraph_manager: CudaGraphManager
+
+    def initialize_kv_cache(self, kv_cache_config: Any) -> str:
+        self.cudagraph_manager = CudaGraphManager({CUDAGraphMode.FULL: FULL})
+        return "made"
+
+    def prepare_attn(self, input_batch: Any) -> str:
+        return "prepared"
+
+
+def test_a_runner_without_other_hooks_takes_the_same_kernels() -> None:
+    contexts, runner = ContextGraphs(), Runner()
+    contexts.hook(runner)
+    assert runner.initialize_kv_cache(None) == "made"
+    runner.cudagraph_manager.capture(lambda: contexts.tokens)
+    assert runner.prepare_attn(batch(32768, 1)) == "prepared"
+    assert runner.cudagraph_manager.run_fullgraph(desc(4, 20)) != 0
+    assert runner.prepare_attn(batch(9, 9)) == "prepared"
+    assert runner.cudagraph_manager.run_fullgraph(desc(4, 20)) == 0
+
+
 def test_where_contexts_are_not_known_the_engines_own_kernel_runs(
     made: tuple[ContextGraphs, CudaGraphManager],
 ) -> None:
