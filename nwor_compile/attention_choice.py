@@ -1,7 +1,7 @@
 """Which kernel attends for a verify step in vLLM, with setting `auto`.
 
-`nwor bench kernels` measures both; the limits are where its record has this package's ahead of
-FlashAttention 3.
+`nwor bench kernels` measures both alone, `nwor bench steps` in an engine; within the limits the
+records of either have this package's ahead of FlashAttention 3.
 """
 
 from __future__ import annotations

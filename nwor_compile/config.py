@@ -27,7 +27,7 @@ class NworConfig(BaseModel):
     debug: log every window, one step late.
     attention: which kernel verifies in vLLM on a GPU. `stock` is vLLM's own, which reads staged
         rows by a redirected block table and gives what it gives on direct writes, bit for bit;
-        `fused` this package's; `auto` the fused one for the few shapes where it is faster.
+        `fused` this package's; `auto` the fused one for the few steps where it is faster.
     rope: in vLLM on a GPU, `fused` lets a staged write rotate q and k as well, in one launch, where
         that gives the same bits; `separate` leaves the rotation to the compiled code before it.
     poison: fill open draft slots of the cache until commit: `nan`, or `large` (a large finite

@@ -1,10 +1,10 @@
 """FLASH_ATTN with a second kernel for small decode batches: this package's verify attention.
 
 vLLM's own kernel reads staged rows through the redirected block table, as every other backend
-does, and is what runs in all other cases. Which one runs follows from shapes alone, so that a
-captured graph and its replays agree. Cache, metadata and CUDA-graph support are FlashAttention's: K
-and V lie packed in the last dimension of vLLM's `[blocks, kv_heads, block, 2 * D]`, in any order of
-strides.
+does, and is what runs in all other cases. Which one runs follows from the step's shape, and for
+some shapes from its contexts: those are captured for both, see `context_graphs.py`. Cache, metadata
+and CUDA-graph support are FlashAttention's: K and V lie packed in the last dimension of vLLM's
+`[blocks, kv_heads, block, 2 * D]`, in any order of strides.
 """
 
 from __future__ import annotations
