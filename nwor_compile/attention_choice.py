@@ -29,6 +29,11 @@ def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: boo
     return requests <= ALWAYS_REQUESTS
 
 
+def ever_depends_on_tokens(longest: int, *, grouped: bool) -> bool:
+    """Whether contexts can decide for a layer, in an engine of up to `longest` tokens a request."""
+    return grouped and FUSED_REQUESTS * longest > FUSED_TOKENS
+
+
 def depends_on_tokens(requests: int, longest_span: int) -> bool:
     """Whether it is the contexts that decide between the kernels for a step of this shape."""
     return 1 < longest_span <= FUSED_SPAN and ALWAYS_REQUESTS < requests <= FUSED_REQUESTS

@@ -89,10 +89,16 @@ class ContextGraphs:
 
 
 def _that_depend(descs: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
-    """Of the graphs to capture those of uniform decode steps where contexts decide."""
+    """Of the graphs to capture those of steps where contexts decide."""
     found = [
         desc
         for desc in descs.get(CUDAGraphMode.FULL, [])
-        if desc.num_reqs and depends_on_tokens(desc.num_reqs, desc.num_tokens // desc.num_reqs)
+        if desc.num_reqs and depends_on_tokens(desc.num_reqs, _longest_span(desc))
     ]
     return {CUDAGraphMode.FULL: found} if found else {}
+
+
+def _longest_span(desc: Any) -> int:
+    """Of the step that a graph is captured with: what does not divide goes to the last request."""
+    each, rest = divmod(desc.num_tokens, desc.num_reqs)
+    return int(each + rest)

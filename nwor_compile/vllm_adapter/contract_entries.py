@@ -91,7 +91,10 @@ CONFIGURATION: tuple[Entry, ...] = (
         ),
     ),
     Names("config/cache.py", "CacheConfig", ("kv_sharing_fast_prefill", "cache_dtype")),
-    Names("config/model.py", "ModelConfig", ("disable_cascade_attn", "enforce_eager", "use_mla")),
+    Names(
+        "config/model.py", "ModelConfig",
+        ("disable_cascade_attn", "enable_sleep_mode", "enforce_eager", "use_mla"),
+    ),
     Names("config/device.py", "DeviceConfig", ("device_type",)),
     Names("config/scheduler.py", "SchedulerConfig", ("max_num_seqs", "max_num_batched_tokens")),
     Names("config/speculative.py", "SpeculativeConfig", ("method", "num_speculative_tokens")),

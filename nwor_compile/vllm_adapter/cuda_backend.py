@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.attention_choice import prefers_fused
+from nwor_compile.attention_choice import ever_depends_on_tokens, prefers_fused
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -36,6 +36,9 @@ def forget() -> None:
     if AttentionBackendEnum.FLASH_ATTN.get_path().startswith(__name__):
         AttentionBackendEnum.FLASH_ATTN.clear_override()
         _cached_get_attn_backend.cache_clear()
+
+
+MASKS = ("mm_prefix_range_tensor", "rswa_prefix_lens")
 
 
 class NworFlashImpl(FlashAttentionImpl):
@@ -64,6 +67,13 @@ class NworFlashImpl(FlashAttentionImpl):
         self.attention = "stock" if problem and attention == "auto" else attention
         return problem if attention == "fused" else ""
 
+    @property
+    def goes_by_contexts(self) -> bool:
+        """Whether contexts can decide which kernel runs."""
+        return self.attention == "auto" and ever_depends_on_tokens(
+            self._longest, grouped=self.num_heads > self.num_kv_heads
+        )
+
     def _fused_refusal(self) -> str:
         for present, what in (
             (self.alibi_slopes is not None, "ALiBi"),
@@ -72,12 +82,17 @@ class NworFlashImpl(FlashAttentionImpl):
             (self.kv_cache_dtype.startswith("fp8"), f"a {self.kv_cache_dtype} cache"),
             (self.sliding_window != (-1, -1), "sliding windows"),
             (self.logits_soft_cap > 0, "soft caps"),
+            (self.dcp_world_size > 1, "decode context parallelism"),
         ):
             if present:
                 return f'attention "fused" does not support {what} in vLLM; use "auto" or "stock"'
         return ""
 
     def _fused(self, metadata: Any) -> bool:
+        # Masks that FlashAttention 4 knows, of models with images or with windows by position.
+        masked = any(getattr(metadata, name, None) is not None for name in MASKS)
+        if masked or metadata.causal is not True:  # it may be a tensor, one value a request
+            return False
         if self.attention == "auto":
             requests = metadata.seq_lens.shape[0]
             tokens = None if self._contexts is None else self._contexts.tokens

@@ -48,10 +48,7 @@ class NworGPUWorker(PublishesMetrics, Worker):
         contexts = None
         if self.use_v2_model_runner and self._settings.attention == "auto":
             contexts = ContextGraphs()
-            if isinstance(self.nwor, DeviceRunnerHooks):
-                self.nwor.contexts = contexts
-            else:  # mode `off`, which takes the same kernels
-                contexts.hook(self.model_runner)
+        chosen = []
         for name, layer in context.items():
             impl = getattr(layer, "impl", None)
             if name in theirs or not isinstance(impl, NworFlashImpl):
@@ -59,6 +56,13 @@ class NworGPUWorker(PublishesMetrics, Worker):
             problem = impl.choose(self._settings.attention, longest, contexts)
             if problem:
                 raise ConfigError(f"layer {name}: {problem}")
+            chosen.append(impl)
+        if contexts is None or not any(impl.goes_by_contexts for impl in chosen):
+            return
+        if isinstance(self.nwor, DeviceRunnerHooks):
+            self.nwor.contexts = contexts
+        else:  # mode `off`, which takes the same kernels
+            contexts.hook(self.model_runner)
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

@@ -118,6 +118,11 @@ def _cache_use(config: Any) -> list[str]:
     # Gone after 0.26, where the option has no effect any more.
     if not getattr(config.model_config, "disable_cascade_attn", True):
         found.append("cascade attention reads rows of several requests; set disable_cascade_attn")
+    if getattr(config.model_config, "enable_sleep_mode", False):
+        found.append(
+            "sleep mode drops the window's own tensors with the caches and wakes up without them; "
+            "turn enable_sleep_mode off"
+        )
     if getattr(config.model_config, "use_mla", False):
         found.append(
             "MLA layers have cache ops of their own and no staged reader; unset the nwor flag for "

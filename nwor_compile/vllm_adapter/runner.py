@@ -33,8 +33,8 @@ log = logging.getLogger("nwor_compile")
 
 WRONG_GROUP = (
     "the draft model's layer {layer} is in KV-cache group {group}, but vLLM's V1 runner hands a "
-    "draft model the slots of group 0: what it writes overwrites rows of the target, staged or "
-    "not. Use another method, or a target whose layers are all of one kind"
+    "draft model the slots of group 0: what it writes can overwrite rows of the target, staged "
+    "or not. Use another method, or a target whose layers are all of one kind"
 )
 
 

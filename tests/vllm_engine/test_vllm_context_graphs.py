@@ -95,6 +95,15 @@ def test_a_runner_without_other_hooks_takes_the_same_kernels() -> None:
     assert runner.cudagraph_manager.run_fullgraph(desc(4, 20)) == 0
 
 
+def test_a_span_that_does_not_divide_is_captured_as_the_longest_of_them() -> None:
+    contexts = ContextGraphs()
+    odd = [desc(3, 4), desc(4, 7), desc(3, 47)]  # longest spans: 2, 4 and 17
+    manager = CudaGraphManager({CUDAGraphMode.FULL: odd})
+    contexts.attach(manager)
+    manager.capture(lambda: contexts.tokens)
+    assert set(contexts._long.graphs) == set(odd[:2])
+
+
 def test_where_contexts_are_not_known_the_engines_own_kernel_runs(
     made: tuple[ContextGraphs, CudaGraphManager],
 ) -> None:

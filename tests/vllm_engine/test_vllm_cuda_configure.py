@@ -181,10 +181,12 @@ def test_the_fused_kernel_says_where_it_cannot_run_and_auto_does_without() -> No
     fine: dict[str, Any] = {
         "alibi_slopes": None, "sinks": None, "attn_type": AttentionType.DECODER,
         "kv_cache_dtype": "auto", "sliding_window": (-1, -1), "logits_soft_cap": 0,
+        "dcp_world_size": 1,
     }  # fmt: skip
     for change, named in (
         ({}, ""), ({"alibi_slopes": 1}, "ALiBi"), ({"sinks": 1}, "sinks"),
         ({"attn_type": AttentionType.ENCODER}, "of type"), ({"kv_cache_dtype": "fp8"}, "fp8"),
+        ({"dcp_world_size": 2}, "context parallelism"),
         ({"sliding_window": (127, 0)}, "sliding"), ({"logits_soft_cap": 30.0}, "soft caps"),
     ):  # fmt: skip
         impl = object.__new__(NworFlashImpl)
@@ -213,7 +215,7 @@ def test_auto_takes_the_fused_kernel_for_small_decode_batches(
     impl.num_heads, impl.num_kv_heads = 8, 4
     impl._contexts = contexts = ContextGraphs()
     contexts.tokens = tokens
-    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=span)
+    metadata = step_of(requests, span)
     for attention, wanted in (("auto", fused), ("stock", False), ("fused", True)):
         impl.attention = attention  # type: ignore[assignment]
         assert impl._fused(metadata) is wanted
@@ -224,13 +226,33 @@ def test_auto_without_shared_kv_heads_or_known_contexts() -> None:
 
     impl = object.__new__(NworFlashImpl)
     impl.attention, impl.num_heads, impl.num_kv_heads = "auto", 8, 4
-    metadata = SimpleNamespace(seq_lens=SimpleNamespace(shape=(4,)), max_query_len=5)
+    metadata = step_of(4, 5)
     impl._longest = 8192
     assert impl._fused(metadata)
+    assert not impl.goes_by_contexts
     impl._longest = 8193
     assert not impl._fused(metadata)
+    assert impl.goes_by_contexts
     impl._longest, impl.num_kv_heads = 8192, 8
     assert not impl._fused(metadata)
+    impl._longest = 1 << 20
+    assert not impl.goes_by_contexts
+
+
+def test_masks_that_the_fused_kernel_does_not_know_go_to_the_engines_own() -> None:
+    from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
+
+    impl = object.__new__(NworFlashImpl)
+    impl.attention = "fused"
+    assert impl._fused(step_of(1, 5))
+    assert not impl._fused(step_of(1, 5, causal=False))
+    assert not impl._fused(step_of(1, 5, rswa_prefix_lens=[3]))
+
+
+def step_of(requests: int, span: int, causal: bool = True, **masks: Any) -> Any:
+    return SimpleNamespace(
+        seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=span, causal=causal, **masks
+    )
 
 
 def test_caches_get_tail_blocks_of_each_group_at_their_ends() -> None:

@@ -258,6 +258,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "fuse_attn_quant",
     ),
     "MLA": ({"model_config__use_mla": True}, "MLA layers"),
+    "sleep mode": ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode"),
     "cascade attention": ({"model_config__disable_cascade_attn": False}, "disable_cascade_attn"),
     "V2 runner": ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     "no speculation": ({"speculative_config": None}, "speculative_config"),
