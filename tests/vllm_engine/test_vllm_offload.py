@@ -3,15 +3,17 @@ whose every stored block is recomputed (NOTE [offload])."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pool import environment
 
 from nwor_compile.vllm_adapter.offload_configure import (
     CONNECTOR,
@@ -131,25 +133,27 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, compile_cache: str) -> Any:
-    """The report of an engine of a kind; each is started once."""
-    folder, reports = tmp_path_factory.mktemp("offload"), {}
+def run(
+    tmp_path_factory: pytest.TempPathFactory, compile_cache: str
+) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """The report of an engine of a kind. All are started at once, two at a time."""
+    folder = tmp_path_factory.mktemp("offload")
 
-    def report(kind: str) -> dict[str, Any]:
-        if kind not in reports:
-            options, out = folder / f"{kind}.json", folder / f"{kind}.out.json"
-            options.write_text(json.dumps(KINDS[kind]))
-            script = Path(__file__).with_name("offload_run.py")
-            done = subprocess.run(
-                [sys.executable, str(script), str(options), str(out)],
-                env={**os.environ, "VLLM_CACHE_ROOT": compile_cache},
-                capture_output=True, text=True, timeout=280, check=False,
-            )  # fmt: skip
-            assert out.exists(), done.stderr[-4000:]
-            reports[kind] = json.loads(out.read_text())
-        return dict(reports[kind])
+    def engine(kind: str) -> dict[str, Any]:
+        options, out = folder / f"{kind}.json", folder / f"{kind}.out.json"
+        options.write_text(json.dumps(KINDS[kind]))
+        script = Path(__file__).with_name("offload_run.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(options), str(out)],
+            env=environment(compile_cache, {}),
+            capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert out.exists(), done.stderr[-4000:]
+        return dict(json.loads(out.read_text()))
 
-    return report
+    with concurrent.futures.ThreadPoolExecutor(2) as engines:
+        reports = {kind: engines.submit(engine, kind) for kind in KINDS}
+        yield lambda kind: reports[kind].result()
 
 
 @pytest.mark.vllm
