@@ -162,6 +162,7 @@ def bench_kernels(
     from rich.console import Console
 
     from nwor_compile.bench import kernels
+    from nwor_compile.bench.kernels_screen import show
 
     console = Console()
     options = [f"--json {json.name}" if json else "", f"--plot {plot.name}" if plot else ""]
@@ -177,7 +178,7 @@ def bench_kernels(
     except RuntimeError as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(1) from error
-    kernels.show(record, console)
+    show(record, console)
     if plot is not None:
         from nwor_compile.bench.kernels_plot import draw
 

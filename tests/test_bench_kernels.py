@@ -15,18 +15,13 @@ from typer.testing import CliRunner
 
 from nwor_compile.bench import kernels_attention as names
 from nwor_compile.bench import kernels_bytes
-from nwor_compile.bench.kernels import (
-    AttentionRow,
-    KernelsRecord,
-    ScvRow,
-    WriteRow,
-    attention_row,
-    show,
-)
+from nwor_compile.bench.kernels import attention_row
 from nwor_compile.bench.kernels_batch import Batch
 from nwor_compile.bench.kernels_plot import draw
 from nwor_compile.bench.kernels_points import Point, points
+from nwor_compile.bench.kernels_record import AttentionRow, KernelsRecord, ScvRow, WriteRow
 from nwor_compile.bench.kernels_rope import RopeRow
+from nwor_compile.bench.kernels_screen import show
 from nwor_compile.bench.record import Spread, this_machine
 from nwor_compile.cli import app
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nwor_compile.bench import kernels_attention as names
 
 if TYPE_CHECKING:
-    from nwor_compile.bench.kernels import KernelsRecord
+    from nwor_compile.bench.kernels_record import KernelsRecord
 
 
 def draw(record: KernelsRecord, path: Path) -> None:

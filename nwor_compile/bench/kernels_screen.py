@@ -10,7 +10,7 @@ from rich.table import Table
 from nwor_compile.bench import kernels_attention as names
 
 if TYPE_CHECKING:
-    from nwor_compile.bench.kernels import AttentionRow, KernelsRecord
+    from nwor_compile.bench.kernels_record import AttentionRow, KernelsRecord
 
 
 def show(record: KernelsRecord, console: Console) -> None:
