@@ -89,20 +89,27 @@ class NworFlashImpl(FlashAttentionImpl):
         return ""
 
     def _fused(self, metadata: Any) -> bool:
-        # Masks that FlashAttention 4 knows, of models with images or with windows by position.
-        masked = any(getattr(metadata, name, None) is not None for name in MASKS)
-        if masked or metadata.causal is not True:  # it may be a tensor, one value a request
+        if self.attention == "stock":
             return False
-        if self.attention == "auto":
-            requests = metadata.seq_lens.shape[0]
-            tokens = None if self._contexts is None else self._contexts.tokens
-            return prefers_fused(
-                requests,
-                metadata.max_query_len,
-                requests * self._longest if tokens is None else tokens,
-                grouped=self.num_heads > self.num_kv_heads,
-            )
-        return self.attention == "fused"
+        # Masks that FlashAttention 4 knows, of models with images or with windows by position; and
+        # `causal` may be a tensor, one value a request.
+        masked = any(getattr(metadata, name, None) is not None for name in MASKS)
+        plain = metadata.causal is True and not masked
+        if self.attention == "fused":
+            if not plain:
+                raise NotImplementedError(
+                    'attention "fused" knows causal masks alone, and this model asks for another; '
+                    'use "auto" or "stock"'
+                )
+            return True
+        requests = metadata.seq_lens.shape[0]
+        tokens = None if self._contexts is None else self._contexts.tokens
+        return plain and prefers_fused(
+            requests,
+            metadata.max_query_len,
+            requests * self._longest if tokens is None else tokens,
+            grouped=self.num_heads > self.num_kv_heads,
+        )
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import sys
 from collections import Counter
@@ -49,6 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python -m pytest " + " ".join(arguments()),
         "note": terminalreporter.config.getoption("--gpu-record-note"),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("NWOR_")},
         "counts": dict(Counter(outcomes.values())),
         "not_passed": sorted(name for name, outcome in outcomes.items() if outcome != "passed"),
     }

@@ -243,10 +243,17 @@ def test_masks_that_the_fused_kernel_does_not_know_go_to_the_engines_own() -> No
     from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
 
     impl = object.__new__(NworFlashImpl)
-    impl.attention = "fused"
-    assert impl._fused(step_of(1, 5))
-    assert not impl._fused(step_of(1, 5, causal=False))
-    assert not impl._fused(step_of(1, 5, rswa_prefix_lens=[3]))
+    impl.num_heads, impl.num_kv_heads = 8, 4
+    others = (step_of(1, 5, causal=False), step_of(1, 5, rswa_prefix_lens=[3]))
+    for attention in ("auto", "fused"):
+        impl.attention = attention
+        assert impl._fused(step_of(1, 5))
+    for other in others:
+        impl.attention = "auto"
+        assert not impl._fused(other)
+        impl.attention = "fused"
+        with pytest.raises(NotImplementedError, match="causal masks alone"):
+            impl._fused(other)
 
 
 def step_of(requests: int, span: int, causal: bool = True, **masks: Any) -> Any:

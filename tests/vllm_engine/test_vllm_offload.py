@@ -124,10 +124,12 @@ def test_layouts_are_those_whose_rows_follow_each_other(monkeypatch: pytest.Monk
 
 
 STAGE = {"mode": "stage"}
-# Each takes half a minute; `tests/vllm_gpu/offload.py` has more of them.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"nwor": None, "connector": False, "fault": None},
     "stage": {"nwor": STAGE, "connector": True, "fault": None},
+    "stock": {"nwor": None, "connector": True, "fault": None},
+    "before commit": {"nwor": STAGE, "connector": True, "fault": "before_commit"},
+    "early": {"nwor": STAGE, "connector": True, "fault": "early"},
     "uncommitted": {"nwor": STAGE, "connector": True, "fault": "uncommitted"},
 }
 
@@ -174,13 +176,24 @@ def test_every_stored_block_is_what_its_tokens_make(run: Any) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_reloaded_prefixes_give_the_same_tokens(run: Any) -> None:
-    mine, theirs = run("stage"), run("plain")
+@pytest.mark.parametrize("other", ["stock", "plain"])
+def test_reloaded_prefixes_give_the_same_tokens(run: Any, other: str) -> None:
+    mine, theirs = run("stage"), run(other)
     assert mine["filled"] == theirs["filled"]
     assert mine["again"] == theirs["again"]
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_the_audit_finds_rows_that_were_never_committed(run: Any) -> None:
-    assert run("uncommitted")["stores"]["wrong_rows"] > 50
+def test_a_step_stores_none_of_its_own_drafts(run: Any) -> None:
+    """Copied between a step's forward and its commit, its own stores are right as well."""
+    stores = run("before commit")["stores"]
+    assert stores["wrong_rows"] == 0
+    assert stores["compared_rows"] == run("stage")["stores"]["compared_rows"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["early", "uncommitted"])
+def test_the_audit_finds_a_store_that_comes_too_soon(run: Any, fault: str) -> None:
+    assert run(fault)["stores"]["wrong_rows"] > 50

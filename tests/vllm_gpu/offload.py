@@ -178,15 +178,16 @@ def _stores(kind: str, results: Mapping[str, Any]) -> list[str]:
         problems.append("the audit missed the fault")
     if kind in ("stage", "before_commit") and wrong:
         problems.append(f"{wrong} wrong rows: {stores['wrong']}")
-    # What is computed after a reload of a row that was none is wrong too.
-    if kind in ("stock", "unclamped") and wrong and not last:
-        problems.append(f"{wrong} wrong rows, none of them one never computed: {stores['wrong']}")
+    if kind in ("stock", "unclamped") and wrong != last:
+        problems.append(f"{wrong} wrong rows, of them {last} never computed: {stores['wrong']}")
     for what in ("compared_generated", "loaded_blocks"):
         if not stores.get(what):
             problems.append(f"no {what}, so nothing was tested")
     if stores.get("unknown_tokens") or stores["waiting"]:
         problems.append(f"{stores.get('unknown_tokens', 0)} blocks of unknown tokens, "
                         f"{stores['waiting']} jobs that never ended")  # fmt: skip
+    if not results["again"]["external_hits"]:
+        problems.append("no prefix was reloaded")
     nwor = results["storm"]["nwor"]
     if kind != "stock" and not nwor.get("nwor_total_committed"):
         problems.append("nothing was committed")
@@ -208,8 +209,6 @@ def _differences(engines: Mapping[str, dict[str, Any]], other: str, notes: list[
         stock = engines.get("stock")
         if other == "plain" and stock and stock["results"][name]["ids"] == mine:
             notes.append(f"{text}, and so does stock")
-        elif other == "stock" and stock and stock["results"]["stores"]["wrong_last"]:
-            notes.append(f"{text}, which reloads rows that were never computed")
         else:
             problems.append(text)
     return problems
