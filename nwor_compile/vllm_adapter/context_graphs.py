@@ -5,7 +5,8 @@ setting `auto` goes by the contexts as well (`attention_choice.py`), a step of t
 captured twice: with this package's attention, and with vLLM's own. Which of the two is replayed is
 known on the host without a wait: vLLM keeps upper bounds of the contexts there.
 
-Wrapped on the runner's graph manager: `capture`, which then captures once more, and
+Wrapped on the runner: `initialize_kv_cache`, which makes its graph manager, and `prepare_attn`,
+where a step's requests are known. On the manager: `capture`, which then captures once more, and
 `run_fullgraph`.
 """
 
@@ -31,7 +32,7 @@ class ContextGraphs:
         self._long: Any = None
 
     def hook(self, runner: Any) -> None:
-        """On a V2 runner without other hooks: `DeviceRunnerHooks` calls `attach` and `step`."""
+        """To a V2 runner that has no caches yet."""
 
         def initialize_kv_cache(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)

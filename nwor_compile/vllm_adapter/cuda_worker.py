@@ -57,11 +57,7 @@ class NworGPUWorker(PublishesMetrics, Worker):
             if problem:
                 raise ConfigError(f"layer {name}: {problem}")
             chosen.append(impl)
-        if contexts is None or not any(impl.goes_by_contexts for impl in chosen):
-            return
-        if isinstance(self.nwor, DeviceRunnerHooks):
-            self.nwor.contexts = contexts
-        else:  # mode `off`, which takes the same kernels
+        if contexts is not None and any(impl.goes_by_contexts for impl in chosen):
             contexts.hook(self.model_runner)
 
     @torch.inference_mode()

@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from nwor_compile.vllm_adapter import patches
-from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.runner import RunnerHooks, abort_unsampled
 from nwor_compile.window import State, Window
 
@@ -31,7 +30,6 @@ class DeviceRunnerHooks(RunnerHooks):
     """`RunnerHooks` for vLLM's V2 model runner."""
 
     HOOKED = ("initialize_kv_cache", "prepare_attn", "execute_model", "sample")
-    contexts: ContextGraphs | None = None
 
     def _attach(self) -> None:
         speculator = getattr(self.runner, "speculator", None)
@@ -57,18 +55,10 @@ class DeviceRunnerHooks(RunnerHooks):
         if self.window is not None:
             self.window.tensors.counters.zero_()
 
-    def _initialize_kv_cache(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = super()._initialize_kv_cache(original, *args, **kwargs)
-        if self.contexts is not None:
-            self.contexts.attach(self.runner.cudagraph_manager)
-        return result
-
     def _prepare_attn(
         self, original: Callable[..., Any], input_batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
         result = original(input_batch, *args, **kwargs)
-        if self.contexts is not None:
-            self.contexts.step(input_batch)
         window = self.window
         if window is None:
             return result

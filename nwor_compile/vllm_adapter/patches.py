@@ -20,7 +20,7 @@ from typing import Any
 
 from nwor_compile.errors import ConfigError
 
-_MARK = "_nwor_wrapped"
+_MARK = "_nwor_hooks"  # their names
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,16 @@ def wrap(owner: Any, key: str, hook: Callable[..., Any]) -> None:
     """Make `owner`'s attribute (the part of `key` after the dot) call `hook(original, ...)`.
 
     owner: a class, an instance or a module. On a class the instance follows the original. Nothing
-        happens where this was done before.
+        happens where the same hook is there already; another one is called around those before.
 
     Raises ConfigError if `key` is not listed, if the attribute is missing, or if its parameters
     are not those listed.
     """
     name = key.rpartition(".")[2]
     original: Any = getattr(owner, name, None)
-    if getattr(original, _MARK, False):
+    hooks: frozenset[str] = getattr(original, _MARK, frozenset())
+    mine = f"{hook.__module__}.{hook.__qualname__}"
+    if mine in hooks:
         return
     problem = _unknown(key, original, is_class=inspect.isclass(owner))
     if problem:
@@ -96,7 +98,7 @@ def wrap(owner: Any, key: str, hook: Callable[..., Any]) -> None:
     def patched(*args: Any, **kwargs: Any) -> Any:
         return hook(original, *args, **kwargs)
 
-    setattr(patched, _MARK, True)
+    setattr(patched, _MARK, hooks | {mine})
     setattr(owner, name, patched)
 
 

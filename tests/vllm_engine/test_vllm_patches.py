@@ -48,6 +48,20 @@ def test_a_hook_gets_the_original_and_all_arguments(of_class: bool) -> None:
     assert Runner()._sample(1, 2) == 3
 
 
+def test_another_hook_is_called_around_those_before() -> None:
+    runner, seen = Runner(), []
+
+    def outer(original: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return 1 + original(*args, **kwargs)
+
+    for _ in range(2):
+        wrap(runner, "GPUModelRunner._sample", doubled)
+        wrap(runner, "GPUModelRunner._sample", outer)
+    assert runner._sample(1, 2) == 2 * 3 + 1
+    assert seen == [(1, 2)]
+
+
 def test_a_function_that_takes_anything_has_any_shape() -> None:
     runner = Runner()
     wrap(runner, "GPUModelRunner.initialize_kv_cache", doubled)

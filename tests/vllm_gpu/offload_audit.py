@@ -177,8 +177,10 @@ class StoreAudit:
         """Recompute and compare all that was stored, and forget it.
 
         wrong_rows: further from the recomputed than `LIMIT`. wrong_last: of them, the last token
-        that a finished request has. worst: largest difference of the others. another: smallest
-        difference of a row from that of the token before it, which is what a wrong one looks like.
+        that a finished request has. wrong_behind: of them, those of tokens behind such a last one,
+        which are computed from its row once that is loaded again. worst: largest difference of the
+        others. another: smallest difference of a row from that of the token before it, which is
+        what a wrong one looks like.
         """
         for _ in range(3):  # what waits for a next step
             self._generate([1, 2, 3])
@@ -229,6 +231,8 @@ class _Found:
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
         self.worst, self.another = 0.0, float("inf")
+        self.lasts: list[tuple[int, ...]] = []
+        self.others: list[tuple[tuple[int, ...], int]] = []  # and how many rows
         self.shown: list[dict[str, Any]] = []
 
     def add(
@@ -256,13 +260,22 @@ class _Found:
         self.totals["compared_rows"] += size
         self.totals["compared_generated"] += block.generated
         self.totals["wrong_rows"] += len(wrong)
-        self.totals["wrong_last"] += block.finished and wrong == {size - 1}
+        if block.finished and wrong == {size - 1}:
+            self.lasts.append(block.tokens)
+        elif wrong:
+            self.others.append((block.tokens, len(wrong)))
 
     def result(self) -> dict[str, Any]:
         """As `StoreAudit.compare` says."""
-        counts = ("compared_rows", "compared_generated", "wrong_rows", "wrong_last")
+        counts = ("compared_rows", "compared_generated", "wrong_rows")
+        behind = sum(
+            rows
+            for tokens, rows in self.others
+            if any(len(last) < len(tokens) and tokens[: len(last)] == last for last in self.lasts)
+        )
         return {
             **{name: self.totals[name] for name in counts},
+            "wrong_last": len(self.lasts), "wrong_behind": behind,
             "worst": self.worst, "another": self.another, "wrong": self.shown,
         }  # fmt: skip
 

@@ -57,15 +57,29 @@ def test_a_last_row_that_is_missing_is_told_apart(row: int, last: int) -> None:
     assert said["another"] > LIMIT
 
 
+@pytest.mark.parametrize(("first", "behind"), [((1, 2, 3, 4), 2), ((1, 2, 3, 5), 0)])
+def test_rows_behind_a_missing_last_one_are_told_apart(first: tuple[int, ...], behind: int) -> None:
+    rows = layer("NHD").cache[1].float()
+    without_last, two_wrong = rows.clone(), rows.clone()
+    without_last[3] = two_wrong[:2] = 0
+    found = _Found()
+    later = StoredBlock(0, 1, (*first, 6, 7, 8, 9), generated=4, finished=False)
+    found.add(later, {"a": two_wrong}, {"a": rows})
+    last = StoredBlock(0, 0, (1, 2, 3, 4), generated=4, finished=True)
+    found.add(last, {"a": without_last}, {"a": rows})
+    said = found.result()
+    assert (said["wrong_rows"], said["wrong_last"], said["wrong_behind"]) == (3, 1, behind)
+
+
 def test_only_texts_that_are_no_beginning_of_another_are_prefilled_again() -> None:
     assert longest([(1, 2), (1, 2, 3, 4), (5, 6), (1, 2)]) == [(1, 2, 3, 4), (5, 6)]
 
 
 def engine(kind: str, **stores: Any) -> dict[str, Any]:
-    counts = {"wrong_rows": 0, "wrong_last": 0, "wrong": [], "waiting": 0}
+    counts = {"wrong_rows": 0, "wrong_last": 0, "wrong_behind": 0, "wrong": [], "waiting": 0}
     counts |= {"compared_generated": 9, "loaded_blocks": 9, **stores}
     nwor = {} if kind in ("plain", "stock") else {"nwor_total_committed": 5}
-    run = {"ids": [[1, 2]], "external_hits": 16, "preemptions": 0, "nwor": nwor, "hits": [[0, 16]]}
+    run = {"ids": [[1, 2]], "loaded_blocks": 1, "preemptions": 0, "nwor": nwor, "hits": [[0, 1]]}
     results: dict[str, Any] = {"fill": run, "again": run}
     if kind != "plain":
         results |= {"storm": run, "stores": counts}
@@ -94,6 +108,10 @@ def test_engines_that_agree_are_tested() -> None:
         ({"stage": engine("stage", loaded_blocks=0)}, "stage: no loaded_blocks"),
         ({"stage": engine("stage", waiting=2)}, "2 jobs that never ended"),
         ({"stock": engine("stock", wrong_rows=2, wrong_last=1)}, "stock: 2 wrong rows"),
+        (
+            {"stock": engine("stock", wrong_rows=5, wrong_last=1, wrong_behind=3)},
+            "stock: 5 wrong rows",
+        ),
         ({"uncommitted": engine("uncommitted")}, "the audit missed the fault"),
         ({"stage": {"error": "no answer in 3 s\nlog", "seconds": 3}}, "stage: no answer in 3 s"),
     ],
@@ -113,3 +131,13 @@ def test_other_tokens_are_a_problem_unless_stock_has_them_too() -> None:
     unlike = engine("stage")
     unlike["results"]["fill"] = {**unlike["results"]["fill"], "ids": [[4]]}
     assert offload.row("eagle", engines(stage=unlike))["state"] == "failed"
+
+
+@pytest.mark.parametrize(("wrong", "state"), [(3, "tested"), (0, "failed")])
+def test_stock_may_have_other_tokens_only_where_its_own_rows_are_wrong(
+    wrong: int, state: str
+) -> None:
+    stock = engine("stock", wrong_rows=wrong, wrong_last=wrong)
+    stock["results"]["again"] = {**stock["results"]["again"], "ids": [[1, 3]]}
+    found = offload.row("eagle", engines(stock=stock))
+    assert found["state"] == state
