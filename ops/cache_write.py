@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -199,7 +201,32 @@ _reshape_and_cache = define(
     kernel="cache_write:reshape_and_cache",
 )
 # `stage_kv` without its checks, for callers that made them once.
-STAGE = Launcher(stage_kv_reference, "cache_write:stage_kv")
+
+
+def stage_write_reference(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    staging: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """`stage_kv` of one layer, as a function of key, value and slot_mapping.
+
+    staging: (staged_key, staged_value, stage_state, row_map) as for `stage_kv`.
+    """
+    staged_key, staged_value, state, row_map = staging
+
+    def write(key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        stage_kv_reference(
+            key, value, key_cache, value_cache, staged_key, staged_value, state, slot_mapping,
+            row_map, kv_cache_dtype, k_scale, v_scale,
+        )  # fmt: skip
+
+    return write
+
+
+STAGE_WRITE = Launcher(stage_write_reference, "cache_write:StageWrite")
 _stage_kv = define(
     "stage_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) staged_key, Tensor(d!) staged_value, Tensor(e!) stage_state, Tensor slot_mapping, "

@@ -11,6 +11,8 @@ rounded row, so it has the bits of RoPE followed by `stage_kv`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from nwor_compile.ops.cache_write import (
     stage_kv_reference,
 )
 from nwor_compile.ops.layout import FLOAT_DTYPES, check_index, check_same_device
-from nwor_compile.ops.library import define
+from nwor_compile.ops.library import Launcher, define
 
 
 def as_heads(name: str, rows: Tensor, head_size: int) -> Tensor:
@@ -251,6 +253,35 @@ def rope_write_reference(
             slot_mapping, row_map, kv_cache_dtype, k_scale, v_scale,
         )  # fmt: skip
     return rotated[0], rotated[1]
+
+
+def prepared_rope_write_reference(
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int,
+    is_neox: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    staging: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
+    """`rope_write_reference` in place for one layer, as a function of query, key, value, positions
+    and slot_mapping."""
+
+    def write(
+        query: Tensor, key: Tensor, value: Tensor, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        rope_write_reference(
+            query, key, value, cos, sin, positions, rotary_dim, is_neox, key_cache, value_cache,
+            slot_mapping, staging, kv_cache_dtype, k_scale, v_scale, in_place=True,
+        )  # fmt: skip
+
+    return write
+
+
+ROPE_WRITE = Launcher(prepared_rope_write_reference, "rope:RopeWrite")
 
 
 def _reference(

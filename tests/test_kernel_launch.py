@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Geometry, Span, make_batch
+from cases import Geometry, Span, make_batch, make_step
 from torch import Tensor
 from window_support import MIXED, Rig, rig
 
@@ -20,9 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from nwor_compile.ops.kernels import begin, launch, redirect, scv
+from nwor_compile.ops.cache_write import STAGE_WRITE
+from nwor_compile.ops.kernels import begin, cache_write, launch, redirect, rope, scv
 from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.library import implementation, pick
+from nwor_compile.ops.rope import ROPE_WRITE
 from nwor_compile.ops.scv import JUDGE, verdict_buffers
 from nwor_compile.scv import GraphValidator, _ids
 
@@ -259,6 +261,16 @@ def step(r: Rig, form: dict[str, Any], tail: bool) -> None:
         r.window.pass_through(more["block_table"])
 
 
+def test_programs_may_be_in_two_dimensions(
+    function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = kept_launch(function)
+    kept((3, 5))
+    kept((3, 5))
+    assert function.log[0][1] == (3, 5)
+    assert function.log[1][2:5] == (3, 5, 1)
+
+
 @pytest.mark.parametrize("tail", [True, False])
 def test_launches_of_one_key_are_one_kernel_to_triton(
     tail: bool, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +303,48 @@ def test_launches_of_one_key_are_one_kernel_to_triton(
                 step(r, form, tail)
     launches = sum(len(each) for each in decided.values())
     assert launches > 2 * len(decided) > 20
+    for (_, key), specializations in decided.items():
+        assert all(each == specializations[0] for each in specializations), key
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_writes_of_one_key_are_one_kernel_to_triton(
+    rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, for the writes that are prepared once a layer."""
+    decided: dict[Any, list[Any]] = {}
+    first = KeptLaunch._launch_first
+
+    def noted(self: KeptLaunch, programs: Any, key: Any, arguments: Any) -> None:
+        first(self, programs, key, arguments)
+        decided.setdefault((id(self), key), []).append(self.kernel.specializations.pop())
+
+    module, name = (rope, "_rope_kernel") if rotated else (cache_write, "_write_kernel")
+    monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    monkeypatch.setattr(KeptLaunch, "_launch_first", noted)
+    batch = make_batch(MIXED, Geometry(), padding=3)
+    layer, tokens = make_step(batch).layers[0], batch.slot_mapping.shape[0]
+    caches = layer.cache.key, layer.cache.value
+    staging = (layer.staged_key, layer.staged_value, layer.state, batch.row_map)
+    table = torch.zeros(2, 64, layer.key.shape[2] // 2)
+    with implementation("triton"):
+        if rotated:
+            write = pick(ROPE_WRITE, table.device)(
+                *table, layer.key.shape[2], True, *caches, staging, *layer.format
+            )
+        else:
+            write = pick(STAGE_WRITE, table.device)(*caches, staging, *layer.format)
+    forms = list(product((torch.int32, torch.int64), (0, 1, 2), (1, 3, tokens)))
+    for dtype, offset, count in [*forms, *forms]:
+        rows = torch.zeros(tokens * 3 * layer.key[0].numel() + 2, dtype=layer.key.dtype)[offset:]
+        packed = rows[: tokens * 3 * layer.key[0].numel()].view(tokens, -1)
+        q, k, v = (x.unflatten(1, layer.key.shape[1:]) for x in packed.chunk(3, 1))
+        slots = torch.zeros(tokens + 2, dtype=dtype)[offset:]
+        numbers = torch.zeros(tokens + 2, dtype=dtype)[offset:][:count]
+        given = (k[:count], v[:count], slots[:count])
+        write(q[:count], *given[:2], numbers, given[2]) if rotated else write(*given)
+    assert sum(len(each) for each in decided.values()) == 2 * len(forms)
+    assert len(decided) >= 4
     for (_, key), specializations in decided.items():
         assert all(each == specializations[0] for each in specializations), key
 

@@ -24,6 +24,8 @@ from cases import (
 )
 
 from nwor_compile import ops
+from nwor_compile.ops.cache_write import STAGE_WRITE
+from nwor_compile.ops.library import Implementation, pick
 
 SPANS = [Span(0, 7), Span(5, 1, 3), Span(0, 0), Span(9, 1), Span(2, 1, 5)]
 FORMAT_IDS = [f"{str(d)[6:]}-{n}{'-uint8' * u}" for d, n, u in FORMATS]
@@ -46,6 +48,36 @@ def test_direct_write_stores_every_row_in_its_slot_and_nothing_else(
     oracle.write(expected, layer.key, layer.value, batch.slot_mapping.tolist(), *layer.format)
     ops.reshape_and_cache(**write_arguments(layer, batch))
     assert layer.cache.holds(expected)
+
+
+@pytest.mark.parametrize("how", ["reference", "triton"])
+@pytest.mark.parametrize("form", FORMATS, ids=FORMAT_IDS)
+def test_a_prepared_write_stages_as_the_op_does_call_after_call(
+    form: tuple[torch.dtype, str, bool], how: Implementation
+) -> None:
+    if how == "triton":
+        pytest.importorskip("triton")
+    scale = "none" if form[1] == "auto" else "head"
+    batch = make_batch(SPANS, geometry_of(form, scale=scale), padding=2)
+    ours, apart = (make_step(batch).layers[0] for _ in range(2))
+    staging = (ours.staged_key, ours.staged_value, ours.state, batch.row_map)
+    with ops.implementation(how):
+        write = pick(STAGE_WRITE, batch.slot_mapping.device)(
+            ours.cache.key, ours.cache.value, staging, *ours.format
+        )
+        for seed, dtype in enumerate((torch.int64, torch.int32, torch.int64)):
+            rows = make_step(batch, seed=seed).layers[0]
+            key = rows.key if seed else rows.key.transpose(0, 1).contiguous().transpose(0, 1)
+            write(key, rows.value, batch.slot_mapping.to(dtype))
+            arguments = {**stage_arguments(apart, batch), "key": rows.key, "value": rows.value}
+            with ops.implementation("reference"):
+                ops.stage_kv(**arguments)
+            for mine, theirs in (
+                *zip(ours.cache.stored, apart.cache.stored, strict=True),
+                (ours.staged_key, apart.staged_key), (ours.staged_value, apart.staged_value),
+                (ours.state, apart.state),
+            ):  # fmt: skip
+                assert same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=FORMAT_IDS)

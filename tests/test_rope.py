@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nwor_compile import ops
 from nwor_compile.ops import rope, staging
+from nwor_compile.ops.library import pick
 
 SPANS = [Span(5, 1, 3), Span(0, 6), Span(0, 0), Span(9, 1), Span(2, 1, 2)]
 GEOMETRIES = {
@@ -83,6 +85,13 @@ class Case:
             layer.state, self.batch.slot_mapping, self.batch.row_map, *layer.format,
         )  # fmt: skip
 
+    def write(self, key: Tensor) -> None:
+        """Directly, all rows."""
+        cache = self.layer.cache
+        ops.reshape_and_cache(
+            key, self.v, cache.key, cache.value, self.batch.slot_mapping, *self.layer.format
+        )
+
     def fused(self, is_neox: bool) -> tuple[Tensor, Tensor]:
         layer = self.layer
         return ops.rope_stage_kv(
@@ -122,6 +131,38 @@ def test_fused_has_the_bits_of_rope_and_then_staging(
     assert k.is_contiguous()
     assert_same(ours.memory(), apart.memory())
     assert_same([ours.q, ours.k, ours.v], [apart.q, apart.k, apart.v])
+
+
+@pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_prepared_write_has_the_same_bits_call_after_call(
+    geometry: str, staged: bool, how: str
+) -> None:
+    g = GEOMETRIES[geometry]
+    ours, apart = (Case(g, width="half", rotary_dim=g.head_size) for _ in range(2))
+    layer, slots = ours.layer, ours.batch.slot_mapping
+    to = (layer.staged_key, layer.staged_value, layer.state, ours.batch.row_map)
+    write = pick(rope.ROPE_WRITE, slots.device)(
+        ours.cos, ours.sin, g.head_size, True, layer.cache.key, layer.cache.value,
+        to if staged else None, *layer.format,
+    )  # fmt: skip
+    positions = torch.arange(slots.shape[0]).flip(0)
+    for seed, (dtype, packed) in enumerate(product((torch.int32, torch.int64), (True, False))):
+        rows = Case(g, width="half", rotary_dim=g.head_size, seed=seed)
+        q, k, v = (x if packed else x.contiguous() for x in (rows.q, rows.k, rows.v))
+        wanted = [
+            expected_rotation(x, ours.cos[positions], ours.sin[positions], g.head_size, True)
+            for x in (q, k)
+        ]
+        write(q, k, v, positions.to(dtype), slots.to(dtype))
+        assert_same([q, k], wanted)
+        apart.v = v
+        with ops.implementation("reference"):
+            (apart.stage if staged else apart.write)(k)
+        assert_same(ours.memory(), apart.memory())
+    before = [x.clone() for x in ours.memory()]
+    write(q[:0], k[:0], v[:0], positions[:0], slots[:0])
+    assert_same(ours.memory(), before)
 
 
 def test_the_rounding_is_one_of_the_exact_value_not_one_a_product(how: str) -> None:

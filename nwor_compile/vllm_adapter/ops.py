@@ -17,8 +17,8 @@ from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_re
 from nwor_compile.errors import ConfigError
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import LayerStaging
+from nwor_compile.vllm_adapter import staged_write
 from nwor_compile.vllm_adapter.redirected import Redirected
-from nwor_compile.vllm_adapter.staged_write import stage
 
 _library = torch.library.Library("nwor", "FRAGMENT")
 _layers: dict[str, LayerStaging] = {}
@@ -44,6 +44,7 @@ def set_layers(layers: dict[str, LayerStaging], idle: Callable[[], bool] | None 
     _layers.clear()
     _layers.update(layers)
     _redirected.forget()
+    staged_write.forget()
 
 
 def executions() -> dict[str, int]:
@@ -65,6 +66,7 @@ class LayerCall(NamedTuple):
     staging: None if all rows go to the cache: no window knows the layer, or `certain` is set.
     """
 
+    name: str
     layer: Any
     kv_cache: Tensor
     slots: Tensor | None
@@ -82,17 +84,17 @@ def write_called(layer_name: LayerNameType) -> LayerCall:
     if slots is not None:
         _executions["direct" if staging is None else "staged"] += 1
     certain = staging is not None and _certain_only(staging)
-    return LayerCall(layer, kv_cache, slots, None if certain else staging, certain)
+    return LayerCall(name, layer, kv_cache, slots, None if certain else staging, certain)
 
 
 def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
-    layer, kv_cache, slots, staging, _ = write_called(layer_name)
+    name, layer, kv_cache, slots, staging, _ = write_called(layer_name)
     if slots is not None:
         if staging is None:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
             with span("nwor.stage"):
-                stage(layer, key, value, kv_cache, slots, staging)
+                staged_write.stage_write(name, layer, kv_cache, staging)(key, value, slots)
     return key.new_empty(0)
 
 

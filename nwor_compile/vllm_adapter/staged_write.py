@@ -2,19 +2,46 @@
 
 A backend's own write (`do_kv_cache_update`) is told slots; ours is told the window's routing too.
 What it needs of a backend is the packed cache of `packed_cache.py` and its dtype.
+
+Outside CUDA graphs a write runs once a layer and step, and what it costs the host is what the step
+waits for. So each layer's is prepared once (NOTE [kept kernels] in `ops/kernels/launch.py`) and
+kept for as long as all that it was prepared from stays; and nothing is checked that was checked
+when the window was made.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nwor_compile.ops.cache_write import STAGE
+from nwor_compile.ops.cache_write import STAGE_WRITE
 from nwor_compile.ops.library import pick
+from nwor_compile.ops.rope import ROPE_WRITE, split_table
 from nwor_compile.ops.staging import LayerStaging
 from nwor_compile.vllm_adapter.packed_cache import split_cache
 from nwor_compile.vllm_adapter.stored_rows import PLAIN
+
+
+class _Kept(NamedTuple):
+    """A prepared write. objects, values: what it was prepared from."""
+
+    objects: tuple[object, ...]
+    values: tuple[object, ...]
+    write: Callable[..., None]
+
+    def fits(self, objects: tuple[object, ...], values: tuple[object, ...]) -> bool:
+        """Whether they are the same objects, and equal values."""
+        return self.values == values and all(map(_same, self.objects, objects))
+
+
+_kept: dict[tuple[object, ...], _Kept] = {}
+
+
+def forget() -> None:
+    """Drop all that was prepared: it holds caches."""
+    _kept.clear()
 
 
 def stored(layer: Any) -> tuple[str, Tensor | None, Tensor | None]:
@@ -29,16 +56,59 @@ def stored(layer: Any) -> tuple[str, Tensor | None, Tensor | None]:
     return name, layer._k_scale, layer._v_scale
 
 
-def stage(
-    layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor, staging: LayerStaging
-) -> None:
-    """Certain rows to the cache, draft rows to staging, in one launch.
+def stage_write(
+    name: str, layer: Any, kv_cache: Tensor, staging: LayerStaging
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Certain rows to the cache, draft rows to staging, in one launch: a function of key, value and
+    slot_mapping."""
+    prepare, how = pick(STAGE_WRITE, kv_cache.device), stored(layer)
 
-    Without the checks of the op `stage_kv`: outside graphs this runs once a layer and step, and
-    what they look at was checked when the window was made.
-    """
-    key_cache, value_cache = split_cache(kv_cache)
-    pick(STAGE, key.device)(
-        key, value, key_cache, value_cache, staging.key, staging.value, staging.state, slots,
-        staging.routing.row_map, *stored(layer),
-    )  # fmt: skip
+    def made() -> Callable[..., None]:
+        return prepare(*split_cache(kv_cache), _staged(staging), *how)
+
+    return _prepared((name, "stage"), (prepare, kv_cache, staging, *how), (), made)
+
+
+def rope_write(
+    name: str,
+    layer: Any,
+    kv_cache: Tensor,
+    staging: LayerStaging | None,
+    table: Tensor,
+    is_neox: bool,
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
+    """The same after a rotation of q and k in place by `table` `[positions, rotary_dim]`, in one
+    launch: a function of query, key, value, positions and slot_mapping. Without `staging` all rows
+    go to the cache."""
+    prepare, how = pick(ROPE_WRITE, kv_cache.device), stored(layer)
+
+    def made() -> Callable[..., None]:
+        to = None if staging is None else _staged(staging)
+        return prepare(
+            *split_table(table), table.shape[1], is_neox, *split_cache(kv_cache), to, *how
+        )
+
+    # Of the table the engine may bring another object, a view of the same memory.
+    values = (table.data_ptr(), table.shape, table.stride(), table.dtype, is_neox)
+    key = (name, "rope", staging is None)
+    return _prepared(key, (prepare, kv_cache, staging, *how), values, made)
+
+
+def _prepared(
+    key: tuple[object, ...],
+    objects: tuple[object, ...],
+    values: tuple[object, ...],
+    make: Callable[[], Callable[..., None]],
+) -> Callable[..., None]:
+    kept = _kept.get(key)
+    if kept is None or not kept.fits(objects, values):
+        kept = _kept[key] = _Kept(objects, values, make())
+    return kept.write
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other
+
+
+def _staged(staging: LayerStaging) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return staging.key, staging.value, staging.state, staging.routing.row_map

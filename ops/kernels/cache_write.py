@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,6 +12,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from nwor_compile.ops.kernels.fp8 import encode_fp8
 from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
+    MOST_FORMS,
+    KeptLaunch,
     bits,
     cache_strides,
     element_offset,
@@ -90,12 +94,13 @@ def count_row(state, code, staging_rows):
 
 @triton.jit
 def _write_kernel(
-    key, value, key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
-    k_scale, v_scale,
+    key_cache, value_cache, staged_key, staged_value, state, row_map, k_scale, v_scale,
+    key, value, slot_mapping,
     # Constants, so that addresses take few instructions and few arguments have to be fetched: all
     # calls of a layer have the same strides.
     k_token: tl.constexpr, k_head: tl.constexpr, k_d: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, v_d: tl.constexpr, s_slot: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
     kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
     kc_outer: tl.constexpr, kc_inner: tl.constexpr,
@@ -104,9 +109,8 @@ def _write_kernel(
     sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
     sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
     s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    STAGE: tl.constexpr, FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    X: tl.constexpr, BLOCK_SIZE: tl.constexpr, STAGE: tl.constexpr, FP8: tl.constexpr,
+    K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program t moves row t of K and V to the cache, to staging, to both or nowhere."""
     if (
@@ -142,51 +146,112 @@ def _write_kernel(
         count_row(state, code, staging_rows)
 
 
-def _launch(
-    key: Tensor,
-    value: Tensor,
+class _Target(NamedTuple):
+    """Where rows go: what is the same in all calls of a layer.
+
+    fixed, constants: the kernel's first arguments and its last. as_bits: rows are moved as they
+    are, so that a NaN stays what it is.
+    """
+
+    fixed: tuple[Tensor | None, ...]
+    constants: tuple[int, ...]
+    as_bits: bool
+
+
+def _target(
     key_cache: Tensor,
     value_cache: Tensor,
-    slot_mapping: Tensor,
     staging: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     kv_cache_dtype: str,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> None:
-    tokens, (heads, size) = slot_mapping.shape[0], key.shape[1:]
-    if tokens == 0 or heads * size == 0:
-        return
+) -> _Target:
     fp8 = FP8_CODE[kv_cache_dtype]
     k_strides, v_strides = cache_strides(key_cache, value_cache)
     block_size = key_cache.shape[3] if key_cache.dim() == 5 else key_cache.shape[1]
     key_bits, value_bits = bits(key_cache), bits(value_cache)
-    staged_strides: tuple[int, ...]
-    if staging is None:
-        staged_key, staged_value, state, row_map = key_bits, value_bits, None, None
-        staged_strides = (0,) * 6
-    else:
+    staged_strides: tuple[int, ...] = (0,) * 6
+    staged_key, staged_value, state, row_map = key_bits, value_bits, None, None
+    if staging is not None:
         staged_key, staged_value, state, row_map = staging
         staged_strides = (*staged_key.stride(), *staged_value.stride())
         staged_key, staged_value = bits(staged_key), bits(staged_value)
-    if fp8 == 0:
+    return _Target(
+        (key_bits, value_bits, staged_key, staged_value, state, row_map, k_scale, v_scale),
+        (
+            key_cache.shape[0] * block_size, staged_key.shape[0], *k_strides[:5], *v_strides[:3],
+            v_strides.inner, *staged_strides, 0 if row_map is None else row_map.stride(0),
+            scale_stride(k_scale), scale_stride(v_scale), k_strides.x, block_size,
+            staging is not None, fp8, k_scale is not None, v_scale is not None,
+            overlaps(key_cache.device.index),
+        ),
+        as_bits=fp8 == 0,
+    )  # fmt: skip
+
+
+def _call(
+    target: _Target, key: Tensor, value: Tensor, slot_mapping: Tensor
+) -> tuple[tuple[int, ...], int]:
+    """The kernel's constants, and its warps."""
+    heads, size = key.shape[1:]
+    block = min(4096, triton.next_power_of_2(heads * size))
+    constants = (
+        *key.stride(), *value.stride(), slot_mapping.stride(0), heads, size, block,
+        *target.constants,
+    )  # fmt: skip
+    return constants, max(1, min(8, block // 256))
+
+
+def _launch(target: _Target, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+    tokens = slot_mapping.shape[0]
+    if tokens == 0 or key.shape[1] * key.shape[2] == 0:
+        return
+    constants, warps = _call(target, key, value, slot_mapping)
+    if target.as_bits:
         key, value = bits(key), bits(value)
     with on_device(key):
-        block = min(4096, triton.next_power_of_2(heads * size))
         _write_kernel[(tokens,)](
-            key, value, key_bits, value_bits, staged_key, staged_value, state, slot_mapping,
-            row_map, k_scale, v_scale,
-            *key.stride(), *value.stride(), slot_mapping.stride(0),
-            key_cache.shape[0] * block_size, staged_key.shape[0],
-            *k_strides[:5],
-            *v_strides[:3], v_strides.inner,
-            *staged_strides,
-            0 if row_map is None else row_map.stride(0),
-            scale_stride(k_scale), scale_stride(v_scale),
-            H=heads, D=size, X=k_strides.x, BLOCK_SIZE=block_size,
-            STAGE=staging is not None, FP8=fp8,
-            K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
-            BLOCK=block, OVERLAP=overlaps(key.device.index), num_warps=max(1, min(8, block // 256)),
-        )  # fmt: skip
+            *target.fixed, key, value, slot_mapping, *constants, num_warps=warps
+        )
+
+
+class StageWrite:
+    """`stage_kv` for one layer, again and again; arguments as for it.
+
+    Outside CUDA graphs a layer's launch costs the host more than the device, so all that is the
+    same in every call is worked out once; see NOTE [kept kernels] in `launch`.
+    """
+
+    def __init__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        staging: tuple[Tensor, Tensor, Tensor, Tensor],
+        kv_cache_dtype: str = "auto",
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
+        self._target = _target(key_cache, value_cache, staging, kv_cache_dtype, k_scale, v_scale)
+        self._device = key_cache.device
+        self._calls: dict[tuple[object, ...], tuple[KeptLaunch, tuple[int, ...]]] = {}
+
+    def __call__(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Stage the drafts of `[tokens, heads, D]` rows, and write the certain rows."""
+        tokens = slot_mapping.shape[0]
+        if tokens == 0 or key.shape[1] * key.shape[2] == 0:
+            return
+        form = (key.stride(), value.stride(), slot_mapping.stride(), key.shape[1:])
+        call = self._calls.get(form)
+        if call is None:
+            if len(self._calls) >= MOST_FORMS:
+                self._calls.clear()
+            constants, warps = _call(self._target, key, value, slot_mapping)
+            launch = KeptLaunch(_write_kernel, self._device, self._target.fixed, num_warps=warps)
+            call = self._calls[form] = launch, constants
+        launch, constants = call
+        if self._target.as_bits:
+            key, value = bits(key), bits(value)
+        launch(tokens, (key, value, slot_mapping), constants=constants)
 
 
 def reshape_and_cache(
@@ -200,9 +265,8 @@ def reshape_and_cache(
     v_scale: Tensor | None = None,
 ) -> None:
     """`reshape_and_cache_reference` in one launch."""
-    _launch(
-        key, value, key_cache, value_cache, slot_mapping, None, kv_cache_dtype, k_scale, v_scale
-    )
+    target = _target(key_cache, value_cache, None, kv_cache_dtype, k_scale, v_scale)
+    _launch(target, key, value, slot_mapping)
 
 
 def stage_kv(
@@ -221,6 +285,5 @@ def stage_kv(
 ) -> None:
     """`stage_kv_reference` in one launch, the update of `stage_state` included."""
     staging = (staged_key, staged_value, stage_state, row_map)
-    _launch(
-        key, value, key_cache, value_cache, slot_mapping, staging, kv_cache_dtype, k_scale, v_scale
-    )
+    target = _target(key_cache, value_cache, staging, kv_cache_dtype, k_scale, v_scale)
+    _launch(target, key, value, slot_mapping)

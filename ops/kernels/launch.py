@@ -4,8 +4,9 @@ launches that keep their compiled kernel.
 NOTE [kept kernels]: at every launch Triton works out which compiled kernel the arguments call for:
 by their types, by addresses that are multiples of 16, by integers that are 1 or multiples of 16,
 by constants and options. With many arguments that takes 15 to 25 us, several times the launch. A
-window launches the same few kernels in every step, so `KeptLaunch` keeps them, each under a key of
-all that can differ between its launches and would call for another one:
+window launches the same few kernels in every step, and a layer the same write, so `KeptLaunch`
+keeps them, each under a key of all that can differ between its launches and would call for another
+one:
 - dtype and alignment of the tensors that a caller brings, and which of them are missing;
 - integers that Triton specialises on, such as strides, by value;
 - constants.
@@ -40,6 +41,7 @@ from nwor_compile.ops.layout import logical_key, logical_value
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+MOST_FORMS = 64  # of a launch, or of a layer's calls, that are kept
 # How kernels are told the cache dtype; 0 is `auto`.
 FP8_CODE = {"auto": 0, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 2}
 
@@ -127,13 +129,13 @@ class KeptLaunch:
 
     def __call__(
         self,
-        programs: int,
+        programs: int | tuple[int, int],
         pointers: Sequence[Tensor | None] = (),
         strides: tuple[int, ...] = (),
         numbers: tuple[int, ...] = (),
         constants: tuple[int, ...] = (),
     ) -> None:
-        """Launch `programs` programs on the current stream.
+        """Launch `programs` programs, in one dimension or two, on the current stream.
 
         Args:
             pointers: tensors of the caller's, of any dtype and alignment, or None.
@@ -167,32 +169,39 @@ class KeptLaunch:
                 _launch(kernel, programs, self.device, arguments)
 
     def _launch_first(
-        self, programs: int, key: tuple[object, ...], arguments: tuple[_Argument, ...]
+        self,
+        programs: int | tuple[int, int],
+        key: tuple[object, ...],
+        arguments: tuple[_Argument, ...],
     ) -> None:
+        grid = programs if isinstance(programs, tuple) else (programs,)
         with on_device(self.device):
-            kernel = self.kernel[(programs,)](*arguments, **self.options)
+            kernel = self.kernel[grid](*arguments, **self.options)
         if INTERPRETED or kernel is None:  # a hook of Triton's may refuse to compile
             return
-        if len(self.kept) >= _MOST_KEPT:  # strides that change from step to step
+        if len(self.kept) >= MOST_FORMS:  # strides that change from step to step
             self.kept.clear()
         self.kept[key] = kernel
-
-
-_MOST_KEPT = 64
 
 
 def _address(argument: _Argument) -> int | None:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, arguments: Sequence[object]) -> None:
+def _launch(
+    kernel: Any,
+    programs: int | tuple[int, int],
+    device: torch.device,
+    arguments: Sequence[object],
+) -> None:
+    x, y = programs if isinstance(programs, tuple) else (programs, 1)
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains, or one alone
-        kernel[(programs, 1, 1)](*arguments)
+        kernel[(x, y, 1)](*arguments)
         return
     stream = driver.active.get_current_stream(device.index)
     kernel.run(
-        programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
+        x, y, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
         *arguments,
     )  # fmt: skip
 

@@ -8,6 +8,8 @@ the programs of k the two would wait for each other.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,8 @@ from nwor_compile.ops.kernels.fp8 import round_bf16
 from nwor_compile.ops.kernels.launch import (
     FP8_CODE,
     INTERPRETED,
+    MOST_FORMS,
+    KeptLaunch,
     bits,
     cache_strides,
     on_device,
@@ -28,7 +32,8 @@ from nwor_compile.ops.kernels.launch import (
 from nwor_compile.ops.rope import as_heads, split_table
 
 _GROUP = 1024  # elements of a program, in whole heads
-_WARPS = 4
+# A fused multiply-add would round otherwise than the reference.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -102,9 +107,8 @@ def _rotate(
 
 @triton.jit(do_not_specialize=["writes", "positions_in_table"])
 def _rope_kernel(
-    query, key, value, out_query, out_key, cos, sin, positions,
-    key_cache, value_cache, staged_key, staged_value, state, slot_mapping, row_map,
-    k_scale, v_scale,
+    cos, sin, key_cache, value_cache, staged_key, staged_value, state, row_map, k_scale, v_scale,
+    query, key, value, out_query, out_key, positions, slot_mapping,
     writes, positions_in_table,
     # Constants, so that addresses take few instructions and few arguments have to be fetched: all
     # calls of a layer have the same strides.
@@ -113,8 +117,10 @@ def _rope_kernel(
     v_token: tl.constexpr, v_head: tl.constexpr, v_d: tl.constexpr,
     oq_token: tl.constexpr, oq_head: tl.constexpr, oq_d: tl.constexpr,
     ok_token: tl.constexpr, ok_head: tl.constexpr, ok_d: tl.constexpr,
-    cos_row: tl.constexpr, cos_d: tl.constexpr, sin_row: tl.constexpr, sin_d: tl.constexpr,
     s_position: tl.constexpr, s_slot: tl.constexpr,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, IN_PLACE: tl.constexpr,
+    HEADS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
+    cos_row: tl.constexpr, cos_d: tl.constexpr, sin_row: tl.constexpr, sin_d: tl.constexpr,
     slots_in_cache: tl.constexpr, staging_rows: tl.constexpr,
     kc_block: tl.constexpr, kc_offset: tl.constexpr, kc_head: tl.constexpr,
     kc_outer: tl.constexpr, kc_inner: tl.constexpr,
@@ -123,11 +129,9 @@ def _rope_kernel(
     sk_row: tl.constexpr, sk_head: tl.constexpr, sk_d: tl.constexpr,
     sv_row: tl.constexpr, sv_head: tl.constexpr, sv_d: tl.constexpr,
     s_map: tl.constexpr, s_k_scale: tl.constexpr, s_v_scale: tl.constexpr,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-    NEOX: tl.constexpr, FULL: tl.constexpr, IN_PLACE: tl.constexpr,
+    ROTARY: tl.constexpr, NEOX: tl.constexpr, FULL: tl.constexpr, PAIRS: tl.constexpr,
     WRITE: tl.constexpr, STAGE: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FP8: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, EXACT_BF16: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, ROW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See the top of this file."""
@@ -203,44 +207,45 @@ def _rope_kernel(
             count_row(state, code, staging_rows)
 
 
-def _launch(
-    query: Tensor,
-    key: Tensor,
-    out_query: Tensor,
-    out_key: Tensor,
+class _Target(NamedTuple):
+    """By which angles to rotate and where rows go: what is the same in all calls of a layer.
+
+    fixed, constants: the kernel's first arguments and its last.
+    """
+
+    fixed: tuple[Tensor | None, ...]
+    constants: tuple[int, ...]
+    rotary_dim: int
+    writes: bool
+
+    @property
+    def positions_in_table(self) -> int:
+        """Rows of the tables."""
+        return self.fixed[0].shape[0]  # type: ignore[union-attr]
+
+
+def _target(
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor | None,
     rotary_dim: int,
     is_neox: bool,
-    value: Tensor | None = None,
     key_cache: Tensor | None = None,
     value_cache: Tensor | None = None,
-    slot_mapping: Tensor | None = None,
     staging: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     kv_cache_dtype: str = "auto",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-) -> None:
-    tokens, q_heads, size = query.shape
-    kv_heads = key.shape[1]
-    heads = min(
-        max(1, _GROUP // triton.next_power_of_2(size)),
-        triton.next_power_of_2(max(q_heads, kv_heads)),
-    )
-    moves = 1 if key_cache is None else 2  # k alone, or k and v
-    groups = triton.cdiv(q_heads, heads) + moves * triton.cdiv(kv_heads, heads)
-    if tokens == 0 or groups == 0 or size == 0:
-        return
-    fp8, block_size, x = FP8_CODE[kv_cache_dtype], 1, size
-    slots_in_cache = staging_rows = writes = 0
+) -> _Target:
+    """Without caches q and k are rotated alone."""
+    fp8, block_size, x = FP8_CODE[kv_cache_dtype], 1, 0
+    slots_in_cache = staging_rows = 0
     caches: tuple[Tensor | None, ...] = (None,) * 4
     state = row_map = None
     k_strides: tuple[int, ...] = (0,) * 5
     v_strides: tuple[int, ...] = (0,) * 4
     staged_strides: tuple[int, ...] = (0,) * 6
-    if key_cache is not None and value_cache is not None and slot_mapping is not None:
-        writes = slot_mapping.shape[0]
+    writes = key_cache is not None and value_cache is not None
+    if key_cache is not None and value_cache is not None:
         to_key, to_value = cache_strides(key_cache, value_cache)
         k_strides, v_strides, x = to_key[:5], (*to_value[:3], to_value.inner), to_key.x
         block_size = key_cache.shape[3] if key_cache.dim() == 5 else key_cache.shape[1]
@@ -252,30 +257,124 @@ def _launch(
             staging_rows = staged_key.shape[0]
             staged_strides = (*staged_key.stride(), *staged_value.stride())
             caches = (*caches[:2], _stored(staged_key, fp8), _stored(staged_value, fp8))
-    v_in = (0, 0, 0) if value is None else value.stride()
-    half = rotary_dim // 2
+    return _Target(
+        (cos, sin, *caches, state, row_map, k_scale, v_scale),
+        (
+            *cos.stride(), *sin.stride(), slots_in_cache, staging_rows, *k_strides, *v_strides,
+            *staged_strides, 0 if row_map is None else row_map.stride(0),
+            scale_stride(k_scale), scale_stride(v_scale),
+            rotary_dim, is_neox, cos.shape[1] == rotary_dim,
+            triton.next_power_of_2(rotary_dim // 2), writes, staging is not None, x, block_size,
+            fp8, k_scale is not None, v_scale is not None, INTERPRETED,
+            writes and overlaps(cos.device.index),
+        ),
+        rotary_dim, writes,
+    )  # fmt: skip
+
+
+def _call(
+    target: _Target,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    out_query: Tensor,
+    out_key: Tensor,
+    positions: Tensor | None,
+    slot_mapping: Tensor | None,
+) -> tuple[int, tuple[int, ...]]:
+    """Programs a token, and the kernel's constants."""
+    q_heads, size = query.shape[1:]
+    kv_heads = key.shape[1]
+    heads = min(
+        max(1, _GROUP // triton.next_power_of_2(size)),
+        triton.next_power_of_2(max(q_heads, kv_heads)),
+    )
+    moves = 2 if target.writes else 1  # k and v, or k alone
+    groups = triton.cdiv(q_heads, heads) + moves * triton.cdiv(kv_heads, heads)
+    return groups if size else 0, (
+        *query.stride(), *key.stride(), *((0, 0, 0) if value is None else value.stride()),
+        *out_query.stride(), *out_key.stride(),
+        0 if positions is None else positions.stride(0),
+        0 if slot_mapping is None else slot_mapping.stride(0),
+        q_heads, kv_heads, size, out_query is query, heads,
+        triton.next_power_of_2(max(1, size - target.rotary_dim)), triton.next_power_of_2(size),
+        *target.constants,
+    )  # fmt: skip
+
+
+def _launch(
+    target: _Target,
+    query: Tensor,
+    key: Tensor,
+    out_query: Tensor,
+    out_key: Tensor,
+    positions: Tensor | None,
+    value: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
+) -> None:
+    tokens = query.shape[0]
+    groups, constants = _call(
+        target, query, key, value, out_query, out_key, positions, slot_mapping
+    )
+    if tokens == 0 or groups == 0:
+        return
     with on_device(query):
         _rope_kernel[(tokens, groups)](
-            query, key, value, out_query, out_key, cos, sin, positions,
-            *caches, state, slot_mapping, row_map, k_scale, v_scale,
-            writes, cos.shape[0],
-            *query.stride(), *key.stride(), *v_in, *out_query.stride(), *out_key.stride(),
-            *cos.stride(), *sin.stride(), 0 if positions is None else positions.stride(0),
-            0 if slot_mapping is None else slot_mapping.stride(0),
-            slots_in_cache, staging_rows, *k_strides, *v_strides, *staged_strides,
-            0 if row_map is None else row_map.stride(0),
-            scale_stride(k_scale), scale_stride(v_scale),
-            HQ=q_heads, HK=kv_heads, D=size, ROTARY=rotary_dim, NEOX=is_neox,
-            FULL=cos.shape[1] == rotary_dim, IN_PLACE=out_query is query,
-            WRITE=key_cache is not None, STAGE=staging is not None, X=x, BLOCK_SIZE=block_size,
-            FP8=fp8, K_SCALED=k_scale is not None, V_SCALED=v_scale is not None,
-            EXACT_BF16=INTERPRETED,
-            OVERLAP=key_cache is not None and overlaps(query.device.index),
-            HEADS=heads, PAIRS=triton.next_power_of_2(half),
-            REST=triton.next_power_of_2(max(1, size - rotary_dim)),
-            ROW=triton.next_power_of_2(size),
-            # A fused multiply-add would round otherwise than the reference.
-            enable_fp_fusion=False, num_warps=_WARPS,
+            *target.fixed, query, key, value, out_query, out_key, positions, slot_mapping,
+            0 if slot_mapping is None else slot_mapping.shape[0], target.positions_in_table,
+            *constants, **_OPTIONS,
+        )  # fmt: skip
+
+
+class RopeWrite:
+    """`rope_write` in place for one layer, again and again; arguments as for it.
+
+    Outside CUDA graphs a layer's launch costs the host more than the device, so all that is the
+    same in every call is worked out once; see NOTE [kept kernels] in `launch`.
+    """
+
+    def __init__(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        rotary_dim: int,
+        is_neox: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        staging: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+        kv_cache_dtype: str = "auto",
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
+        self._target = _target(
+            cos, sin, rotary_dim, is_neox, key_cache, value_cache, staging, kv_cache_dtype,
+            k_scale, v_scale,
+        )  # fmt: skip
+        self._launch = KeptLaunch(_rope_kernel, cos.device, self._target.fixed, **_OPTIONS)
+        self._calls: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}
+        self._in_table = self._target.positions_in_table
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Rotate q and k in place; write or stage k and v. `positions` are rows of the tables."""
+        form = (
+            query.stride(), key.stride(), value.stride(), positions.stride(), slot_mapping.stride(),
+            query.size(1),
+        )  # fmt: skip
+        call = self._calls.get(form)
+        if call is None:
+            if len(self._calls) >= MOST_FORMS:
+                self._calls.clear()
+            call = _call(self._target, query, key, value, query, key, positions, slot_mapping)
+            self._calls[form] = call
+        groups, constants = call
+        tokens = query.shape[0]
+        if tokens == 0 or groups == 0:
+            return
+        self._launch(
+            (tokens, groups), (query, key, value, query, key, positions, slot_mapping),
+            numbers=(slot_mapping.shape[0], self._in_table), constants=constants,
         )  # fmt: skip
 
 
@@ -294,7 +393,8 @@ def rotary_embedding(
     """`rotary_embedding_reference` in one launch."""
     query, key = as_heads("query", query, head_size), as_heads("key", key, head_size)
     cos, sin = split_table(cos_sin_cache)
-    _launch(query, key, query, key, cos, sin, positions, cos_sin_cache.shape[1], is_neox)
+    target = _target(cos, sin, cos_sin_cache.shape[1], is_neox)
+    _launch(target, query, key, query, key, positions)
 
 
 def rope_write(
@@ -320,10 +420,11 @@ def rope_write(
     packed = torch.contiguous_format
     out_query = query if in_place else torch.empty_like(query, memory_format=packed)
     out_key = key if in_place else torch.empty_like(key, memory_format=packed)
-    _launch(
-        query, key, out_query, out_key, cos, sin, positions, rotary_dim, is_neox, value,
-        key_cache, value_cache, slot_mapping, staging, kv_cache_dtype, k_scale, v_scale,
+    target = _target(
+        cos, sin, rotary_dim, is_neox, key_cache, value_cache, staging, kv_cache_dtype, k_scale,
+        v_scale,
     )  # fmt: skip
+    _launch(target, query, key, out_query, out_key, positions, value, slot_mapping)
     return out_query, out_key
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Geometry, write_arguments
+from cases import Geometry, make_batch, make_step, same_bits, write_arguments
 from torch import Tensor
-from window_support import ALL, NONE, SOME, Rig, rig
+from window_support import ALL, MIXED, NONE, SOME, Rig, rig
 
 from nwor_compile.ops import stage_kv_window
-from nwor_compile.ops.library import pick
+from nwor_compile.ops.cache_write import STAGE_WRITE
+from nwor_compile.ops.library import implementation, pick
+from nwor_compile.ops.rope import ROPE_WRITE
 from nwor_compile.routing import BEGIN
 
 pytestmark = pytest.mark.gpu
@@ -68,28 +70,7 @@ def test_steps_of_any_form_commit_the_same_rows() -> None:
 
 
 def test_kept_kernels_are_those_that_triton_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nwor_compile.ops.kernels import launch
-
-    call, raw, used, compared = launch.KeptLaunch.__call__, launch._launch, [], []
-
-    def noted(kernel: Any, *rest: Any) -> None:
-        used.append(kernel)
-        raw(kernel, *rest)
-
-    def checked(
-        self: Any, programs: int, pointers: Any = (), strides: Any = (), numbers: Any = (),
-        constants: Any = (),
-    ) -> None:  # fmt: skip
-        used.clear()
-        call(self, programs, pointers, strides, numbers, constants)
-        if used:
-            arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
-            wanted = self.kernel.run(*arguments, grid=(programs,), warmup=True, **self.options)
-            assert used == [wanted]
-            compared.append(wanted.name)
-
-    monkeypatch.setattr(launch, "_launch", noted)
-    monkeypatch.setattr(launch.KeptLaunch, "__call__", checked)
+    compared = compare_launches(monkeypatch)
     with rig(geometries=(GEOMETRY,), tail=True) as r:
         r.window.warm_up()
         for form in (*FORMS, *FORMS):
@@ -100,6 +81,78 @@ def test_kept_kernels_are_those_that_triton_takes(monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+def test_prepared_writes_are_those_of_the_references(
+    rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called again and again, and from a graph; by the kernels that Triton would take."""
+    compared = compare_launches(monkeypatch)
+    batch = make_batch(MIXED, GEOMETRY, padding=3)
+    tokens, size = batch.slot_mapping.shape[0], GEOMETRY.head_size
+    table = torch.randn(2, tokens, size // 2, device="cuda").to(torch.bfloat16)
+    results = []
+    for how in ("triton", "reference"):
+        layer = make_step(batch).layers[0]
+        target = (
+            layer.cache.key, layer.cache.value,
+            (layer.staged_key, layer.staged_value, layer.state, batch.row_map), *layer.format,
+        )  # fmt: skip
+        rows = torch.empty(0)
+        with implementation(how):
+            write = (
+                pick(ROPE_WRITE, table.device)(*table, size, True, *target)
+                if rotated
+                else pick(STAGE_WRITE, table.device)(*target)
+            )
+        for seed, (dtype, form, _) in enumerate((*FORMS, *FORMS)):
+            torch.manual_seed(seed)
+            rows = torch.randn(tokens, 3 * GEOMETRY.kv_heads * size, device="cuda")
+            rows = rows.to(torch.bfloat16)
+            q, k, v = (x.unflatten(1, (-1, size)) for x in rows.chunk(3, 1))
+            slots = like(batch.slot_mapping, dtype, form)
+            positions = like(torch.arange(tokens, device="cuda").flip(0), dtype, form)
+            given = (q, k, v, positions, slots) if rotated else (k, v, slots)
+            if how == "triton" and seed == 2 * len(FORMS) - 1:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    write(*given)
+                graph.replay()
+            else:
+                write(*given)
+        results.append([*layer.cache.stored, *target[2][:3], rows])
+    for mine, theirs in zip(*results, strict=True):
+        assert same_bits(mine, theirs)
+    assert set(compared) == {"_rope_kernel" if rotated else "_write_kernel"}
+
+
+def compare_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on each launch of a kept kernel is held against Triton's choice; names of those."""
+    from nwor_compile.ops.kernels import launch
+
+    call, raw, used, compared = launch.KeptLaunch.__call__, launch._launch, [], []
+
+    def noted(kernel: Any, *rest: Any) -> None:
+        used.append(kernel)
+        raw(kernel, *rest)
+
+    def checked(
+        self: Any, programs: Any, pointers: Any = (), strides: Any = (), numbers: Any = (),
+        constants: Any = (),
+    ) -> None:  # fmt: skip
+        used.clear()
+        call(self, programs, pointers, strides, numbers, constants)
+        if used:
+            arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
+            grid = programs if isinstance(programs, tuple) else (programs,)
+            wanted = self.kernel.run(*arguments, grid=grid, warmup=True, **self.options)
+            assert used == [wanted]
+            compared.append(wanted.name)
+
+    monkeypatch.setattr(launch, "_launch", noted)
+    monkeypatch.setattr(launch.KeptLaunch, "__call__", checked)
+    return compared
+
+
 def test_a_kept_kernel_is_launched_on_the_current_stream() -> None:
     with rig(geometries=(GEOMETRY,), tail=True) as r:
         for _ in range(2):  # nothing is left to compile
@@ -107,11 +160,13 @@ def test_a_kept_kernel_is_launched_on_the_current_stream() -> None:
             r.window.abort()
         row_map, side = r.window.tensors.routing.row_map, torch.cuda.Stream()
         row_map.fill_(-1)  # an abort leaves it as it was
-        torch.cuda.synchronize()
+        torch.cuda._sleep(1)  # a kernel that is not loaded yet waits for the device when it is
+        assert int((row_map >= 0).sum()) == 0
         with torch.cuda.stream(side):
-            torch.cuda._sleep(400_000_000)  # a fifth of a second
+            torch.cuda._sleep(2_000_000_000)  # a second
             r.begin()
         early = int((row_map >= 0).sum())  # on the stream that does not wait
+        assert not side.query()
         torch.cuda.synchronize()
         assert early == 0
         assert int((row_map >= 0).sum()) == sum(ALL)

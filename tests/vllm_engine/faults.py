@@ -57,18 +57,18 @@ class Faults:
 
     @contextlib.contextmanager
     def _staged_by(self, layer: Any, instead: Any) -> Iterator[None]:
-        """`instead(stage, ...)` does the staged writes of `layer`."""
-        from nwor_compile.vllm_adapter import ops
+        """`instead(write, staging, cache, key, value, slots)` does the staged writes of `layer`."""
+        from nwor_compile.vllm_adapter import staged_write
 
-        stage = ops.stage
+        stage_write = staged_write.stage_write
 
-        def chosen(which: Any, *args: Any) -> None:
-            if which is layer:
-                instead(stage, which, *args)
-            else:
-                stage(which, *args)
+        def chosen(name: str, which: Any, cache: Any, staging: Any) -> Any:
+            write = stage_write(name, which, cache, staging)
+            if which is not layer:
+                return write
+            return lambda *rows: instead(write, staging, cache, *rows)
 
-        with self.replaced(ops, "stage", chosen):
+        with self.replaced(staged_write, "stage_write", chosen):
             yield
 
     @contextlib.contextmanager
@@ -87,9 +87,9 @@ class Faults:
         """The target's second layer writes its draft rows at once, besides staging them."""
         layer = self.context[self.hooks.window.layer_names[1]]
 
-        def early(stage: Any, layer: Any, *args: Any) -> None:
-            layer.impl.do_kv_cache_update(layer, *args[:4])  # key, value, cache, slots
-            stage(layer, *args)
+        def early(write: Any, staging: Any, cache: Any, key: Any, value: Any, slots: Any) -> None:
+            layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+            write(key, value, slots)
 
         with self._staged_by(layer, early):
             yield
@@ -157,9 +157,8 @@ class Faults:
         """One layer of four loses its drafts: nothing may be committed in any."""
         layer = self.context[self.hooks.window.layer_names[2]]
 
-        def lossy(stage: Any, layer: Any, *args: Any) -> None:
-            stage(layer, *args)
-            staging = args[-1]
+        def lossy(write: Any, staging: Any, cache: Any, *rows_given: Any) -> None:
+            write(*rows_given)
             rows = staging.routing.row_map
             staging.key[rows[rows >= 0].long()] = torch.nan
             staging.state.zero_()

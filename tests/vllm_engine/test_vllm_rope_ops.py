@@ -116,6 +116,47 @@ def test_rows_are_rotated_and_staged_or_written(layer: Any) -> None:
     assert ops.executions()["staged"] - before["staged"] == 1
 
 
+def test_a_layers_write_is_prepared_once_and_anew_when_anything_it_knows_changes(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nwor_compile.ops import library
+    from nwor_compile.vllm_adapter import ops, staged_write
+    from nwor_compile.vllm_adapter.packed_cache import split_cache
+
+    made = []
+
+    def counted(launcher: Any, device: torch.device) -> Any:
+        return prepare
+
+    def prepare(*arguments: Any) -> Any:
+        made.append(arguments)
+        return library.pick(staged_write.ROPE_WRITE, layer.kv_cache.device)(*arguments)
+
+    monkeypatch.setattr(staged_write, "pick", counted)
+    ops.set_layers({NAME: staging()})
+    given = step()
+
+    def prepared() -> int:
+        before = len(made)
+        rope_stage({**given, "query": given["query"].clone(), "key": given["key"].clone()})
+        return len(made) - before
+
+    assert [prepared(), prepared()] == [1, 0]
+    given["cos_sin_cache"] = given["cos_sin_cache"].view_as(given["cos_sin_cache"])
+    assert prepared() == 0  # the same memory
+    given["cos_sin_cache"] = given["cos_sin_cache"].clone()
+    assert [prepared(), prepared()] == [1, 0]
+    layer.kv_cache = layer.kv_cache.clone()
+    assert [prepared(), prepared()] == [1, 0]
+    keys = split_cache(layer.kv_cache)[0].flatten(0, 1)
+    assert torch.equal(keys[4], rotated(given)[1][0])  # the new cache
+    ops.set_layers({NAME: staging()})
+    assert [prepared(), prepared()] == [1, 0]
+    ops.set_layers({})
+    assert staged_write._kept == {}
+    assert [prepared(), prepared()] == [1, 0]  # directly
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_layers_that_no_window_knows_are_written_whole(layer: Any, known: bool) -> None:
     """By the same launch where the cache's form is known, else by vLLM's own write."""
