@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nwor_compile.vllm_adapter import patches
@@ -71,6 +72,12 @@ class DeviceRunnerHooks(RunnerHooks):
         else:
             window.pass_through(tables)
         return result
+
+    def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
+        step = super()._empty_step(window, requests)
+        step["logit_starts"] = step["query_start_loc"].clone()
+        step["token_ids"] = torch.zeros_like(step["seq_lens"])
+        return {**step, "num_drafts": None}
 
     def _begin_step(
         self, window: Window, input_batch: Any, tables: dict[str, Tensor], slot_mappings: Tensor

@@ -84,7 +84,8 @@ def wrap(owner: Any, key: str, hook: Callable[..., Any]) -> None:
     name = key.rpartition(".")[2]
     original: Any = getattr(owner, name, None)
     hooks: frozenset[str] = getattr(original, _MARK, frozenset())
-    mine = f"{hook.__module__}.{hook.__qualname__}"
+    function: Any = hook.func if isinstance(hook, functools.partial) else hook
+    mine = f"{function.__module__}.{function.__qualname__}"
     if mine in hooks:
         return
     problem = _unknown(key, original, is_class=inspect.isclass(owner))

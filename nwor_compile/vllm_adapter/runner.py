@@ -77,9 +77,38 @@ class RunnerHooks:
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
     def warm_up(self) -> None:
-        """Before the engine's warm-up, which may sample: capture the graphs of the commit."""
-        if self.window is not None:
-            self.window.warm_up()
+        """Before the engine's warm-up, which may sample: capture the graphs of the commit, and
+        compile what opens a window, which the first request with drafts would wait for."""
+        window = self.window
+        if window is None:
+            return
+        window.warm_up()
+        kept = window.tensors.counters.clone()
+        for requests in (
+            *(1 << i for i in range(window.max_requests.bit_length())),
+            window.max_requests,
+        ):
+            step = self._empty_step(window, requests)
+            window.begin(**step)
+            window.abort()
+            window.pass_through(step["block_table"])
+        window.tensors.counters.copy_(kept)
+
+    def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
+        """What `Window.begin` is given in this runner's steps, of requests without drafts."""
+        device = window.tensors.error.device
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        slots = torch.full((requests,), -1, dtype=torch.int64, device=device)
+        return {
+            "num_drafts": torch.zeros(requests, **ints),
+            "query_start_loc": torch.arange(requests + 1, **ints),
+            "slot_mapping": dict.fromkeys(window.groups, slots),
+            "block_table": {
+                name: torch.zeros(requests, self._columns(int(name)), **ints)
+                for name in window.groups
+            },
+            "seq_lens": torch.ones(requests, **ints),
+        }
 
     def warmed_up(self) -> None:
         """After the engine's warm-up: raise ConfigError if a layer ran no staged write in it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -222,14 +223,40 @@ class Phases(Faults, Ranks):
         self.hooks.window.warm_up()
 
     def phase_profiled(self) -> dict[str, Any]:
-        """Under torch.profiler: how often each range of ours was seen, and where."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            result = self.generate()
+        """Under torch.profiler: how often each range of ours was seen, and where. And what windows
+        are opened with, beside what the hooks open them with in warm-up."""
+        window, forms = self.hooks.window, []
+        begin, signature = window.begin, inspect.signature(window.begin)
+
+        def noted(*args: Any, **kwargs: Any) -> None:
+            given = signature.bind(*args, **kwargs).arguments
+            requests = given["query_start_loc"].shape[0] - 1
+            rehearsed = self.hooks._empty_step(window, requests)
+            forms.append([_form(given), _form(rehearsed)])
+            begin(*args, **kwargs)
+
+        window.begin = noted
+        try:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                result = self.generate()
+        finally:
+            del window.begin
         counts: dict[str, int] = {}
         for event in profile.events():
             if event.name.startswith("nwor."):
                 counts[event.name] = counts.get(event.name, 0) + 1
-        return {**result, "ranges": counts}
+        return {**result, "ranges": counts, "forms": forms}
+
+
+def _form(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of tensors, what their number of entries does not decide."""
+    return {
+        name: _form(value) if isinstance(value, Mapping) else [str(value.dtype), value.stride()]
+        for name, value in sorted(given.items())
+        if value is not None
+    }
 
 
 def _minus(after: Any, before: Any) -> Any:

@@ -157,6 +157,13 @@ def held(rig: Any) -> list[list[float]]:
     ]  # fmt: skip
 
 
+def test_a_step_after_warm_up_is_as_without(rig: Any) -> None:
+    rig.hooks.warm_up()
+    counters = rig.hooks.window.tensors.counters
+    assert not counters.any()
+    test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig)
+
+
 def test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig: Any) -> None:
     rig.runner.execute_model(batch())
     assert rig.hooks.window.state is State.OPEN

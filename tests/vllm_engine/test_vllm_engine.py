@@ -212,6 +212,14 @@ def test_profilers_see_begin_stage_accept_and_commit(stage: Report) -> None:
     }
 
 
+def test_windows_are_opened_in_warm_up_as_they_are_in_steps(stage: Report) -> None:
+    """Or the first real one would wait for kernels of another form to be compiled."""
+    forms = stage.phase("profiled")["forms"]
+    assert len(forms) > 3
+    for real, rehearsed in forms:
+        assert real == rehearsed
+
+
 # Faults that cost drafts and no tokens.
 
 

@@ -261,6 +261,26 @@ def stage_all(window: Any) -> None:
     window.tensors.state[:, 0] = 3
 
 
+def test_warm_up_opens_windows_of_every_size_and_leaves_no_trace() -> None:
+    runner, hooks = hooked()
+    runner.initialize_kv_cache(groups(hooks.config.compilation_config.static_forward_context))
+    window, sizes = hooks.window, []
+    window.tensors.counters.fill_(3)
+    begin = window.begin
+
+    def noted(**step: Any) -> None:
+        sizes.append(step["query_start_loc"].shape[0] - 1)
+        begin(**step)
+
+    window.begin = noted
+    hooks.warm_up()
+    assert set(sizes) == {1, 2, 4}
+    assert window.state is State.IDLE
+    assert set(window.tensors.counters.tolist()) == {3}
+    assert not any(cache.any() for cache in window.tensors.batches[0].key_caches)
+    assert (window.tensors.routing.row_map < 0).all()
+
+
 def test_a_step_commits_what_was_sampled(step: Any) -> None:
     runner, hooks = hooked()
     window = opened(runner, hooks)
