@@ -273,6 +273,8 @@ def _gpu_tests() -> str:
     for prefix, how in (
         ("gpu-tests-kernels", ""), ("gpu-tests-windows", ""), ("gpu-stress", ""),
         ("gpu-tail-stress", ""),
+        ("gpu-tests-launch", ""),
+        ("gpu-rope-memcheck", " under compute-sanitizer memcheck"),
         ("gpu-memcheck", " under compute-sanitizer memcheck, of kernels older than tail blocks"),
     ):  # fmt: skip
         path = newest(prefix)
@@ -356,6 +358,7 @@ def steps_block() -> str:
         f"`{record.commands[-1]}` ({record.device}, vLLM {record.versions['vllm']}, "
         f"`{path.relative_to(ROOT)}`):\n\n{_table([shown.head[i] for i in kept], rows)}"
     ]
+    texts.append(_varied_steps())
     path = newest("vllm-gpu-matrix")
     cases = Counter(row["state"] for row in json.loads(path.read_text())["rows"])
     counts = ", ".join(f"{number} {state}" for state, number in cases.most_common())
@@ -364,6 +367,34 @@ def steps_block() -> str:
         "[docs/vllm-cuda.md](docs/vllm-cuda.md) has each, and what was run or refused since)."
     )
     return "\n\n".join(texts)
+
+
+VARIED_STEPS = ("vllm-gpu-acceptance-steps", "vllm-gpu-varied-steps", "vllm-gpu-ranks-steps")
+
+
+def _varied_steps() -> str:
+    """Ratios of the runs in which one thing is otherwise, a configuration a row."""
+    paths = [newest(prefix) for prefix in VARIED_STEPS]
+    found: dict[str, dict[str, str]] = {}
+    for path in paths:
+        for row in Record.model_validate_json(path.read_text()).rows:
+            (ratios,) = row.ratios.values()
+            graphs = {n for windows in row.windows.values() for w in windows for n in w.graphs}
+            step = ratios["step_ms"]
+            cell = str(step) if row.status == "ok" else f"{row.status} ({step.ratio:.3f})"
+            cell += "" if graphs == {"FULL"} else ", no graph"
+            found.setdefault(row.configuration, {})[f"{row.batch}x{row.context}"] = cell
+    points = sorted(
+        {point for cells in found.values() for point in cells},
+        key=lambda point: [int(number) for number in point.split("x")][::-1],
+    )
+    rows = [[name, *(cells.get(p, "") for p in points)] for name, cells in sorted(found.items())]
+    names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
+    return (
+        "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B dims), stock "
+        f"/ stage at requests x tokens; void: pairs of windows differ by more than 3 % ({names}):"
+        f"\n\n{_table(['configuration', *points], rows)}"
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

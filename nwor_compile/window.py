@@ -328,8 +328,14 @@ class Window:
             if self._state is State.OPEN:
                 self.abort()
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of requests, powers of two and the most, by which kernels and graphs differ."""
+        powers = [1 << i for i in range(self.max_requests.bit_length())]
+        return sorted({*powers, self.max_requests})
+
     def warm_up(self, sizes: Iterable[int] | None = None) -> None:
-        """Capture the SCV graphs for these numbers of requests (powers of two up to max_requests).
+        """Capture the SCV graphs for these numbers of requests (by default for `sizes`).
 
         Synchronises; call it before the first window. Stages nothing.
 
@@ -338,10 +344,7 @@ class Window:
         self._expect(State.IDLE, "warm_up")
         if self.config.scv == "off":
             return
-        if sizes is None:
-            sizes = [1 << i for i in range(self.max_requests.bit_length())]
-            sizes = [min(size, self.max_requests) for size in [*sizes, self.max_requests]]
-        sizes = list(sizes)
+        sizes = self.sizes if sizes is None else list(sizes)
         if any(not 1 <= size <= self.max_requests for size in sizes):
             raise WindowInputError(
                 f"sizes: expected 1 to {self.max_requests} (max_requests), got {sizes}"

@@ -12,6 +12,7 @@ Methods of the runner instance that are wrapped, with what each is needed for:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -82,17 +83,20 @@ class RunnerHooks:
         window = self.window
         if window is None:
             return
+        start = time.perf_counter()
         window.warm_up()
+        captured = time.perf_counter()
         kept = window.tensors.counters.clone()
-        for requests in (
-            *(1 << i for i in range(window.max_requests.bit_length())),
-            window.max_requests,
-        ):
+        for requests in window.sizes:
             step = self._empty_step(window, requests)
             window.begin(**step)
             window.abort()
             window.pass_through(step["block_table"])
         window.tensors.counters.copy_(kept)
+        log.info(
+            "NWOR warm-up: graphs of the commit %.1f s, windows of every size %.1f s",
+            captured - start, time.perf_counter() - captured,
+        )  # fmt: skip
 
     def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
         """What `Window.begin` is given in this runner's steps, of requests without drafts."""

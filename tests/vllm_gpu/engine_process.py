@@ -239,7 +239,8 @@ def _runner_name(worker: Any) -> str:
 
 def _attention_name(worker: Any) -> list[str]:
     layers = worker.vllm_config.compilation_config.static_forward_context
-    return sorted({type(layer.impl).__name__ for layer in layers.values()})
+    # Experts are among these layers too, without one.
+    return sorted({type(x.impl).__name__ for x in layers.values() if hasattr(x, "impl")})
 
 
 def main(kind: type[Engine] = Engine) -> None:
