@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nwor_compile.groups import LayerBatch
+from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops import reshape_and_cache
 from nwor_compile.ops.error_bits import EARLY_WRITE
 from nwor_compile.ops.layout import FLOAT_DTYPES, decode, logical_key, logical_value

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nwor_compile.groups import LayerBatch
+from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
 from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW

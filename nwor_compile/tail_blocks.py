@@ -53,12 +53,12 @@ import torch
 from torch import Tensor
 
 from nwor_compile.errors import WindowInputError
+from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.layout import logical_key
 from nwor_compile.ops.library import Launcher, pick
 from nwor_compile.routing import TailRows
 
 if TYPE_CHECKING:
-    from nwor_compile.groups import LayerBatch
     from nwor_compile.ops.kernels.redirect import RedirectConstants
 
 
