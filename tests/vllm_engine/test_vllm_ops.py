@@ -36,10 +36,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A forward context with one layer; what its implementation is asked to do."""
     from vllm import forward_context
 
-    from nwor_compile.vllm_adapter import ops
+    from nwor_compile.vllm_adapter import staged_write
 
     found: list[Any] = []
-    monkeypatch.setattr(ops, "stage", lambda *args: found.append("staged"))
+    def stage_write(*layer: Any) -> Any:
+        return lambda *rows: found.append("staged")
+
+    monkeypatch.setattr(staged_write, "stage_write", stage_write)
     layer = SimpleNamespace(
         impl=Impl(found), kv_cache=torch.zeros(1), kv_sharing_target_layer_name=None
     )
