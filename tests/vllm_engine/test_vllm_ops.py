@@ -39,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from nwor_compile.vllm_adapter import staged_write
 
     found: list[Any] = []
+
     def stage_write(*layer: Any) -> Any:
         return lambda *rows: found.append("staged")
 
