@@ -25,6 +25,7 @@ def has_vllm() -> bool:
     return spec is not None and spec.origin is not None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # One worker of pytest-xdist for all that ask the pool for engines, so that each runs once;
