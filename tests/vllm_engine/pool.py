@@ -22,9 +22,7 @@ from engines import ENGINES
 HERE = Path(__file__).parent
 # An engine starts in half a minute on an idle core and in several on a crowded one.
 LIMIT_SECONDS = 900
-# Beside another worker of pytest-xdist, which may run an engine too, one. More than cores spin at
-# each other's barriers.
-AT_A_TIME = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+AT_A_TIME = 2
 
 PRELOADED = (
     "vllm",
@@ -106,11 +104,10 @@ class Pool:
     Args:
         folder: for logs and reports. cache: vLLM's compile cache, shared by all.
         kept: folder of earlier reports to use and to add to, for work on the tests themselves.
-        names: engines that will be asked for; all start with the first that is.
     """
 
-    def __init__(self, folder: Path, cache: str, kept: str | None, names: list[str]) -> None:
-        self.folder, self.cache, self.kept, self.names = folder, cache, kept, names
+    def __init__(self, folder: Path, cache: str, kept: str | None) -> None:
+        self.folder, self.cache, self.kept = folder, cache, kept
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
         self._cores = threading.BoundedSemaphore(AT_A_TIME)
@@ -127,7 +124,7 @@ class Pool:
 
     def report(self, name: str) -> Report:
         """What the engine reported, and its output under `log`. Raises EngineFailed."""
-        self.start([*self.names, name])
+        self.start([name])
         return self._reports[name].result()
 
     @contextmanager
