@@ -11,6 +11,7 @@ when the window was made.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class _Kept(NamedTuple):
 
     def fits(self, objects: tuple[object, ...], values: tuple[object, ...]) -> bool:
         """Whether they are the same objects, and equal values."""
-        return self.values == values and all(map(_same, self.objects, objects))
+        return self.values == values and all(map(operator.is_, self.objects, objects))
 
 
 _kept: dict[tuple[object, ...], _Kept] = {}
@@ -104,10 +105,6 @@ def _prepared(
     if kept is None or not kept.fits(objects, values):
         kept = _kept[key] = _Kept(objects, values, make())
     return kept.write
-
-
-def _same(one: object, other: object) -> bool:
-    return one is other
 
 
 def _staged(staging: LayerStaging) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -352,7 +352,6 @@ class RopeWrite:
         )  # fmt: skip
         self._launch = KeptLaunch(_rope_kernel, cos.device, self._target.fixed, **_OPTIONS)
         self._calls: dict[tuple[object, ...], tuple[int, tuple[int, ...]]] = {}
-        self._in_table = self._target.positions_in_table
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, slot_mapping: Tensor
@@ -374,7 +373,7 @@ class RopeWrite:
             return
         self._launch(
             (tokens, groups), (query, key, value, query, key, positions, slot_mapping),
-            numbers=(slot_mapping.shape[0], self._in_table), constants=constants,
+            numbers=(slot_mapping.shape[0], self._target.positions_in_table), constants=constants,
         )  # fmt: skip
 
 

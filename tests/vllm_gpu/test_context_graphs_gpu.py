@@ -53,8 +53,8 @@ def test_requests_grow_from_one_set_of_graphs_into_the_other(
 def _contexts(worker: Any) -> Any:
     """What the attention of the worker's layers goes by."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    chosen = [impl for x in layers if getattr(impl := x.impl, "goes_by_contexts", False)]
-    return chosen[0]._contexts
+    impls: list[Any] = [getattr(layer, "impl", None) for layer in layers]
+    return next(i._contexts for i in impls if getattr(i, "goes_by_contexts", False))
 
 
 class Counted:
