@@ -64,6 +64,7 @@ class WindowTensors:
     rows: int32 `[capacity]`, staging row of each draft; None if draft n is staged in row n.
     draft_ids: int64 `[capacity]`, ids of the step's drafts, request after request, for callers that
         do not give them.
+    mirrors: tensors on the host, like `counters`: each commit copies the counters there.
     share_error: where several ranks hold shares of one model, leaves the largest of their error
         flags in each one's; see `Window`.
     """
@@ -78,6 +79,7 @@ class WindowTensors:
     share_error: Callable[[Tensor], None] | None = None
     rows: Tensor | None = None
     draft_ids: Tensor | None = None
+    mirrors: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def plans(self) -> tuple[CommitPlan, ...]:
@@ -198,6 +200,8 @@ def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
                 verdict.accepted, counters, tensors.state.shape[0], closing,
             )  # fmt: skip
             counters = closing = None
+        for mirror in tensors.mirrors:
+            mirror.copy_(tensors.counters, non_blocking=True)
 
 
 def _committed(

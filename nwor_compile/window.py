@@ -351,6 +351,24 @@ class Window:
             )
         self.validator.warm_up(sizes)
 
+    def mirror_counters(self, host: Tensor) -> None:
+        """From now on leave a copy of the counters in `host`, like `tensors.counters`, after every
+        commit; SCV graphs make it too. On CUDA it must be memory that the device can write to
+        (pinned), or each commit waits for it.
+
+        Raises WindowOrderError after `warm_up`, whose graphs would not know it, WindowInputError if
+        it does not fit.
+        """
+        counters = self.tensors.counters
+        if self.validator.graphs:
+            raise WindowOrderError("mirror_counters: graphs were captured: call it before warm_up")
+        if host.device.type != "cpu" or (host.shape, host.dtype) != (counters.shape, torch.int64):
+            raise WindowInputError(
+                f"mirror_counters: expected int64 {list(counters.shape)} on the host, got "
+                f"{host.dtype} {list(host.shape)} on {host.device}"
+            )
+        self.tensors.mirrors.append(host)
+
     def metrics(self) -> Metrics:
         """The counters now. Synchronises with the device."""
         return read_metrics(

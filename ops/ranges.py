@@ -1,20 +1,24 @@
 """Named ranges for profilers: `nwor.begin`, `nwor.stage`, `nwor.accept`, `nwor.commit`.
 
-NVTX ranges where CUDA is in use (Nsight shows them), and `torch.profiler` ranges while that
-profiler records. With neither, a range is one shared object that does nothing. They are host-side
-calls: a captured CUDA graph holds none, and a compiled graph neither, because the ops that use them
-are opaque to the compiler and what it does trace gets the empty range.
+NVTX ranges in a process that Nsight started, and `torch.profiler` ranges while that profiler
+records. With neither, a range is one shared object that does nothing. They are host-side calls: a
+captured CUDA graph holds none, and a compiled graph neither, because the ops that use them are
+opaque to the compiler and what it does trace gets the empty range.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 
+# NVTX does nothing unless this names the library of the tool that listens; Nsight sets it for what
+# it starts. A step of a small model waits for the host, and a push and a pop take a microsecond.
+_NVTX_LISTENS = "NVTX_INJECTION64_PATH" in os.environ
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -22,15 +26,14 @@ def span(name: str) -> AbstractContextManager[None]:
     """A range called `name` around a `with` block; nothing unless somebody could see it."""
     if torch.compiler.is_compiling():
         return _NOTHING
-    nvtx = torch.cuda.is_initialized()
+    nvtx = _NVTX_LISTENS and torch.cuda.is_initialized()
     if torch.autograd._profiler_enabled():
         return _profiled(name, nvtx=nvtx)
     return _Marked(name) if nvtx else _NOTHING
 
 
 class _Marked(AbstractContextManager[None]):
-    """An NVTX range. A class: the context manager of a generator costs 2 us more, and a step has
-    these around each of its calls whether or not anybody looks."""
+    """An NVTX range."""
 
     __slots__ = ("name",)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from window_support import SOME, rig
 
+from nwor_compile.ops import ranges
 from nwor_compile.ops.ranges import span
 
 
@@ -26,9 +27,11 @@ def test_a_window_shows_up_in_torchs_profiler() -> None:
     ]  # fmt: skip
 
 
-def test_with_cuda_in_use_it_is_an_nvtx_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_for_a_tool_that_listens_it_is_an_nvtx_range(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert span("nwor.stage") is span("nwor.commit")
+    monkeypatch.setattr(ranges, "_NVTX_LISTENS", True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
     with span("nwor.stage"):

@@ -14,10 +14,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from torch.utils._python_dispatch import TorchDispatchMode
 from window_support import ALL, SOME, Rig, rig
 
+from nwor_compile.errors import WindowInputError, WindowOrderError
 from nwor_compile.metrics import GAUGES, Metrics
 from nwor_compile.vllm_adapter import metrics
 from nwor_compile.vllm_adapter.metrics_file import PAGE, SnapshotWriter, read, read_all
-from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
+from nwor_compile.vllm_adapter.staging_worker import StagingWorker
 
 
 @pytest.fixture
@@ -49,20 +50,23 @@ def scrape() -> dict[str, dict[tuple[str, ...], float]]:
     return found
 
 
-def test_the_file_holds_the_window_as_of_the_last_publication(prefix: Path, staging: Rig) -> None:
+def test_the_file_holds_the_window_as_of_the_last_commit(prefix: Path, staging: Rig) -> None:
     file = writer(prefix, staging)
     assert read(file.path).metrics().nwor_windows == 0
     staging.run(SOME)
-    assert read(file.path).metrics().nwor_windows == 0
-    file.publish()
+    file.publish_host()
+    assert read(file.path).metrics().nwor_windows == 1
     assert read(file.path).metrics() == staging.window.metrics()
+    staging.window.tensors.counters.zero_()
+    file.publish()
+    assert read(file.path).metrics().nwor_windows == 0
 
 
 def test_the_report_survives_the_window(prefix: Path) -> None:
     with rig(layers=3) as r:
         file = writer(prefix, r)
         r.run(SOME)
-        file.publish()
+        file.publish_host()
         expected = r.window.metrics()
     del file
     assert metrics.last_report() == expected
@@ -74,7 +78,6 @@ def test_a_new_window_starts_from_zero(prefix: Path) -> None:
             file = writer(prefix, r)
             assert read(file.path).metrics().nwor_windows == 0
             r.run(SOME)
-            file.publish()
     report = metrics.last_report()
     assert report is not None
     assert report.nwor_windows == 1
@@ -83,7 +86,7 @@ def test_a_new_window_starts_from_zero(prefix: Path) -> None:
 def test_the_collector_serves_every_metric_with_vllms_labels(prefix: Path, staging: Rig) -> None:
     file = writer(prefix, staging)
     staging.run(SOME)
-    file.publish()
+    file.publish_host()
     served = scrape()
     assert served.pop("vllm:nwor_active") == {("tiny",): 1}
     values = staging.window.metrics().model_dump()
@@ -99,11 +102,12 @@ def test_the_collector_serves_every_metric_with_vllms_labels(prefix: Path, stagi
 def test_data_parallel_engines_are_told_apart_and_the_report_adds_them(
     prefix: Path, staging: Rig
 ) -> None:
-    first, second = writer(prefix, staging, 0), writer(prefix, staging, 1)
-    staging.run(SOME)
-    first.publish()
-    staging.run(ALL)
-    second.publish()
+    with rig(layers=3) as other:
+        writer(prefix, staging, 0)
+        writer(prefix, other, 1)
+        for r in (staging, other):
+            r.run(SOME)
+        other.run(ALL)
     assert scrape()["vllm:nwor_total_staged_total"] == {("tiny", "0"): 9, ("tiny", "1"): 18}
     report = metrics.last_report()
     assert report is not None
@@ -170,7 +174,7 @@ class Worker:
 
     def __init__(self, r: Rig, rank: int) -> None:
         self.rig, self.rank = r, rank
-        self.nwor: Any = SimpleNamespace(window=r.window)
+        self.nwor: Any = Hooks(r)
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(data_parallel_index=3, data_parallel_rank=0),
             model_config=SimpleNamespace(served_model_name="tiny"),
@@ -184,34 +188,85 @@ class Worker:
         return f"sampled {grammar}"
 
     def shutdown(self) -> None:
-        self.nwor = None
+        self.rig.window.close()
 
 
-class PublishingWorker(PublishesMetrics, Worker):
-    pass
+class Hooks:
+    """As much of `RunnerHooks`; vLLM's warm-up refuses the window if `refuses`."""
+
+    def __init__(self, r: Rig, *, refuses: bool = False) -> None:
+        self.window: Any = r.window
+        self.refuses = refuses
+        self.calls: list[str] = []
+
+    def warm_up(self) -> None:
+        self.calls.append("warm_up")
+
+    def warmed_up(self) -> None:
+        self.calls.append("warmed_up")
+        if self.refuses:
+            self.window = None
+
+    def metrics(self) -> dict[str, int]:
+        return {"nwor_windows": 1}
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class MixedWorker(StagingWorker, Worker):
+    nwor: Any
 
 
 def test_rank_0_alone_publishes(prefix: Path, staging: Rig) -> None:
     """Every tensor-parallel rank commits the same rows: they count once."""
-    workers = [PublishingWorker(staging, rank) for rank in (0, 1)]
-    for worker in workers:
-        assert worker.compile_or_warm_up_model() == 1.5
-    assert workers[1].sample_tokens("x") == "sampled x"
-    assert [each.metrics().nwor_windows for each in read_all(prefix)] == [0]
-    workers[0].sample_tokens(None)
-    (found,) = read_all(prefix)
-    assert found.engine == 3
-    assert found.metrics() == staging.window.metrics()
-    for worker in workers:
-        worker.shutdown()
-    assert metrics.last_report() == staging.window.metrics()
+    with rig(layers=3) as other:
+        workers = [MixedWorker(r, rank) for rank, r in enumerate((staging, other))]
+        for worker in workers:
+            assert worker.compile_or_warm_up_model() == 1.5
+        assert workers[1].sample_tokens("x") == "sampled x"
+        assert [each.metrics().nwor_windows for each in read_all(prefix)] == [0]
+        workers[0].sample_tokens(None)
+        (found,) = read_all(prefix)
+        assert found.engine == 3
+        assert found.metrics() == staging.window.metrics()
+        for worker in workers:
+            worker.shutdown()
+        assert metrics.last_report() == staging.window.metrics()
+
+
+def test_a_worker_warms_its_hooks_up_and_closes_them(prefix: Path, staging: Rig) -> None:
+    worker = MixedWorker(staging, 0)
+    worker.compile_or_warm_up_model()
+    assert worker.nwor_metrics() == {"nwor_windows": 1}
+    worker.shutdown()
+    assert worker.nwor.calls == ["warm_up", "warmed_up", "close"]
+
+
+def test_a_worker_without_hooks_is_vllms(prefix: Path, staging: Rig) -> None:
+    worker = MixedWorker(staging, 0)
+    worker.nwor = None
+    assert worker.compile_or_warm_up_model() == 1.5
+    assert worker.sample_tokens("x") == "sampled x"
+    assert worker.nwor_metrics() == {}
+    assert read_all(prefix) == []
+    worker.shutdown()
+
+
+def test_what_warm_up_refuses_is_not_taken_for_active(prefix: Path, staging: Rig) -> None:
+    worker = MixedWorker(staging, 0)
+    worker.nwor = Hooks(staging, refuses=True)
+    worker.compile_or_warm_up_model()
+    assert read_all(prefix) == []
+    assert worker.sample_tokens("x") == "sampled x"
+    assert scrape()["vllm:nwor_active"] == {("tiny",): 0}
 
 
 def test_a_worker_without_the_variable_says_so(
     staging: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv(metrics.PREFIX_VARIABLE, raising=False)
-    PublishingWorker(staging, 0).compile_or_warm_up_model()
+    MixedWorker(staging, 0).compile_or_warm_up_model()
     assert "collective_rpc('nwor_metrics')" in caplog.text
 
 
@@ -231,9 +286,26 @@ class Operations(TorchDispatchMode):
 
 
 def test_publishing_waits_for_nothing(prefix: Path, staging: Rig) -> None:
-    """One copy that nobody waits for, and no number is read back."""
+    """One copy in the commit that nobody waits for; no number is read back, and the rest is
+    Python's."""
     file = writer(prefix, staging)
-    staging.run(SOME)
     with Operations() as seen:
-        file.publish()
-    assert seen.names == ["aten::copy_ non_blocking"]
+        staging.run(SOME)
+    mirrored = [name for name in seen.names if name == "aten::copy_ non_blocking"]
+    assert len(mirrored) == 1
+    with Operations() as seen:
+        file.publish_host()
+    assert seen.names == []
+
+
+def test_a_mirror_fits_and_comes_before_the_graphs(staging: Rig) -> None:
+    window = staging.window
+    size = window.tensors.counters.numel()
+    for wrong in (torch.zeros(size + 1, dtype=torch.int64), torch.zeros(size)):
+        with pytest.raises(WindowInputError, match=rf"expected int64 \[{size}\] on the host"):
+            window.mirror_counters(wrong)
+    window.validator.graphs[1] = None  # type: ignore[assignment]
+    with pytest.raises(WindowOrderError, match="before warm_up"):
+        window.mirror_counters(torch.zeros(size, dtype=torch.int64))
+    window.validator.graphs.clear()
+    assert window.tensors.mirrors == []

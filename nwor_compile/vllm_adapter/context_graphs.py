@@ -19,12 +19,17 @@ from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 
-from nwor_compile.attention_choice import FUSED_REQUESTS, FUSED_TOKENS, depends_on_tokens
+from nwor_compile.attention_choice import (
+    ALWAYS_REQUESTS,
+    FUSED_REQUESTS,
+    FUSED_TOKENS,
+    depends_on_tokens,
+)
 from nwor_compile.vllm_adapter import patches
 
 
 class ContextGraphs:
-    """tokens: of all contexts of the step under way, an upper bound; None where not known."""
+    """tokens: of all contexts of the step under way, an upper bound; None where not asked for."""
 
     tokens: int | None = None
 
@@ -60,8 +65,9 @@ class ContextGraphs:
     def step(self, input_batch: Any) -> None:
         """A step's requests are known."""
         bounds = input_batch.seq_lens_cpu_upper_bound
-        # The sum takes time on the host, and larger batches do not need it.
-        self.tokens = int(bounds.sum()) if bounds.shape[0] <= FUSED_REQUESTS else None
+        # The sum takes time on the host, and only these batches need it.
+        asked = ALWAYS_REQUESTS < bounds.shape[0] <= FUSED_REQUESTS
+        self.tokens = int(bounds.sum()) if asked else None
 
     def _capture(
         self, manager: Any, original: Callable[..., None], *args: Any, **kwargs: Any

@@ -13,17 +13,16 @@ from nwor_compile.vllm_adapter import graph_split
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
 from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
-from nwor_compile.vllm_adapter.metrics_worker import PublishesMetrics
 from nwor_compile.vllm_adapter.runner import RunnerHooks
 from nwor_compile.vllm_adapter.settings import PASS_SLOT, requested
 from nwor_compile.vllm_adapter.spare_blocks import bytes_needed
+from nwor_compile.vllm_adapter.staging_worker import StagingWorker
 
 
-class NworGPUWorker(PublishesMetrics, Worker):
+class NworGPUWorker(StagingWorker, Worker):
     """vLLM's GPU worker with NWOR hooks on its model runner in mode `stage`. Mode `off` takes the
     attention kernels of mode `stage` alone, so that the two can be compared."""
 
-    nwor: RunnerHooks | None = None
     _settings: NworConfig | None = None
 
     def init_device(self) -> None:
@@ -68,32 +67,6 @@ class NworGPUWorker(PublishesMetrics, Worker):
             return available
         needed = bytes_needed(self.model_runner.get_kv_cache_spec(), *self.nwor.sizes)
         return available - needed
-
-    def compile_or_warm_up_model(self) -> Any:
-        """Capture the commit's graphs, warm up, then make sure that the rewritten graph is what
-        ran."""
-        if self.nwor is not None:
-            self.nwor.warm_up()
-        result = super().compile_or_warm_up_model()
-        if self.nwor is not None:
-            self.nwor.warmed_up()
-        return result
-
-    @torch.inference_mode()
-    def _publish(self) -> None:
-        # vLLM's warm-up samples in inference mode, and the tensors made there can only be written
-        # in it.
-        super()._publish()
-
-    def shutdown(self) -> None:
-        """Stage nothing from here on: the next engine of this process may get the same memory."""
-        if self.nwor is not None:
-            self.nwor.close()
-        super().shutdown()
-
-    def nwor_metrics(self) -> dict[str, Any]:
-        """The window's counters; for `LLM.collective_rpc("nwor_metrics")`. Empty in mode `off`."""
-        return {} if self.nwor is None else self.nwor.metrics()
 
 
 def drafters_layers(runner: Any) -> set[str]:

@@ -1,9 +1,10 @@
 """The file through which rank 0 of an engine shows its counters to the other processes.
 
 A page of JSON that never changes (what the numbers belong to), then int64 words: a few that Python
-counts, then the window's counter vector. A step writes the words into mapped memory; on CUDA the
-device does, as a copy that nobody waits for. Readers may therefore see a window half counted; each
-word is whole, and the next read is right.
+counts, then the window's counter vector. They are mapped memory, and each commit leaves the vector
+there: on CUDA the device writes it, as a part of the commit's graph, so that publishing costs the
+host nothing. Readers may therefore see a window half counted; each word is whole, and the next read
+is right.
 
 The file outlives its engine, so a report can be taken after shutdown.
 """
@@ -55,7 +56,10 @@ def total(snapshots: list[Snapshot]) -> Metrics:
 
 
 class SnapshotWriter:
-    """Writes one window's counters; lives in the worker of rank 0."""
+    """Has one window write its counters; lives in the worker of rank 0.
+
+    Made before `Window.warm_up`. Raises WindowOrderError after it.
+    """
 
     def __init__(self, prefix: Path, window: Window, *, engine: int, model: str) -> None:
         self.window = window
@@ -75,17 +79,26 @@ class SnapshotWriter:
         unfinished.write_bytes(page + bytes(8 * size))
         os.replace(unfinished, self.path)
         self._words = np.memmap(self.path, np.int64, "r+", offset=PAGE, shape=(size,))
-        self._counters = torch.from_numpy(self._words)[len(HOST_WORDS) :]
+        self._counted = (0, 0)
+        # An inference tensor could be written in inference mode alone; warm-up is not in it.
+        with torch.inference_mode(False):
+            self._counters = torch.from_numpy(self._words)[len(HOST_WORDS) :]
         if counters.is_cuda:
             _pin(self._words)
+        window.mirror_counters(self._counters)
         self.publish()
 
     def publish(self) -> None:
-        """Write the counters as of the work enqueued so far. Waits for nothing."""
-        window = self.window
-        self._words[0] = window.fallbacks
-        self._words[1] = sum(window.validator.vectorised.values())
-        self._counters.copy_(window.tensors.counters, non_blocking=True)
+        """Write everything, as of the work enqueued so far. Waits for nothing."""
+        self.publish_host()
+        self._counters.copy_(self.window.tensors.counters, non_blocking=True)
+
+    def publish_host(self) -> None:
+        """Write what Python counts; the rest is there after each commit."""
+        counted = self.window.fallbacks, sum(self.window.validator.vectorised.values())
+        if counted != self._counted:
+            self._counted = counted
+            self._words[: len(HOST_WORDS)] = counted
 
 
 def read(path: Path) -> Snapshot:

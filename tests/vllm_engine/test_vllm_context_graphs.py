@@ -65,8 +65,8 @@ def test_the_replayed_graph_is_the_one_for_the_contexts(
     contexts, manager = made
     manager.capture(lambda: contexts.tokens)
     assert manager.graphs == dict.fromkeys(FULL, 0)
-    for lengths, long in (((9, 9, 9, 9), False), ((32768, 0, 0, 0), False), ((32768, 1), True)):
-        contexts.step(batch(*lengths))
+    for first, second, long in ((9, 9, False), (32768, 0, False), (32768, 1, True)):
+        contexts.step(batch(first, second, 0, 0))
         for each in FULL:
             assert (manager.run_fullgraph(each) != 0) is (long and each in BY_CONTEXT)
 
@@ -89,9 +89,9 @@ def test_a_runner_without_other_hooks_takes_the_same_kernels() -> None:
     contexts.hook(runner)
     assert runner.initialize_kv_cache(None) == "made"
     runner.cudagraph_manager.capture(lambda: contexts.tokens)
-    assert runner.prepare_attn(batch(32768, 1)) == "prepared"
+    assert runner.prepare_attn(batch(32768, 1, 0, 0)) == "prepared"
     assert runner.cudagraph_manager.run_fullgraph(desc(4, 20)) != 0
-    assert runner.prepare_attn(batch(9, 9)) == "prepared"
+    assert runner.prepare_attn(batch(9, 9, 0, 0)) == "prepared"
     assert runner.cudagraph_manager.run_fullgraph(desc(4, 20)) == 0
 
 
@@ -111,8 +111,9 @@ def test_where_contexts_are_not_known_the_engines_own_kernel_runs(
     manager.capture(lambda: contexts.tokens)
     assert contexts.tokens is None
     assert manager.run_fullgraph(desc(4, 20)) != 0
-    contexts.step(batch(1, 1, 1, 1, 1))  # more than go by contexts
-    assert contexts.tokens is None
+    for requests in (1, 2, 5):  # fewer and more than go by contexts
+        contexts.step(batch(*[1] * requests))
+        assert contexts.tokens is None
 
 
 def test_both_captures_share_buffers_and_a_second_capture_starts_afresh(

@@ -1,0 +1,97 @@
+"""What the CPU worker and the GPU worker share: the hooks' life, and rank 0's counters."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nwor_compile.vllm_adapter.metrics import PREFIX_VARIABLE
+from nwor_compile.vllm_adapter.metrics_file import SnapshotWriter
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+    from nwor_compile.vllm_adapter.runner import RunnerHooks
+else:
+    _Worker = object
+
+log = logging.getLogger("nwor_compile")
+
+
+class StagingWorker(_Worker):
+    """Mixed into a worker of vLLM's that hooks its model runner in `init_device`.
+
+    nwor: the hooks; None where nothing is staged.
+
+    Tensor-parallel ranks commit the same rows, so rank 0 alone publishes: nothing is multiplied.
+    Its bytes are those of its own share of the heads.
+    """
+
+    nwor: RunnerHooks | None = None
+    _writer: SnapshotWriter | None = None
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Capture the commit's graphs, warm up, then make sure that the rewritten graph is what
+        ran. From here on the metrics exist, all zero."""
+        hooks = self.nwor
+        if hooks is None:
+            return super().compile_or_warm_up_model()
+        self._open_metrics(hooks)
+        hooks.warm_up()
+        result = super().compile_or_warm_up_model()
+        hooks.warmed_up()
+        self._publish(hooks)
+        return result
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """A window is committed in here."""
+        result = super().sample_tokens(*args, **kwargs)
+        if self._writer is not None:
+            self._writer.publish_host()
+        return result
+
+    def shutdown(self) -> None:
+        """Stage nothing from here on: the next engine of this process may get the same memory."""
+        if self.nwor is not None:
+            self.nwor.close()
+        super().shutdown()
+
+    def nwor_metrics(self) -> dict[str, Any]:
+        """The window's counters; for `LLM.collective_rpc("nwor_metrics")`. Empty in mode `off`."""
+        return {} if self.nwor is None else self.nwor.metrics()
+
+    def _open_metrics(self, hooks: RunnerHooks) -> None:
+        window = hooks.window
+        if window is None or self.rank != 0:
+            return
+        if PREFIX_VARIABLE not in os.environ:
+            log.warning(
+                "NWOR: this worker has no %s (is it on another node than the server?); its "
+                "counters are not on /metrics, only in collective_rpc('nwor_metrics')",
+                PREFIX_VARIABLE,
+            )
+            return
+        parallel = self.vllm_config.parallel_config
+        self._writer = SnapshotWriter(
+            Path(os.environ[PREFIX_VARIABLE]),
+            window,
+            engine=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
+            model=str(self.vllm_config.model_config.served_model_name),
+        )
+
+    @torch.inference_mode()
+    def _publish(self, hooks: RunnerHooks) -> None:
+        # vLLM's warm-up samples in inference mode, and the tensors made there can only be written
+        # in it.
+        if self._writer is None:
+            return
+        if hooks.window is None:
+            # Refused after warm-up, and running direct: without a file it is not taken for active.
+            self._writer.path.unlink(missing_ok=True)
+            self._writer = None
+        else:
+            self._writer.publish()
