@@ -87,12 +87,8 @@ def layer_refusal(name: str, layer: Any) -> str:
             f"layer {name}: NWOR is for decoders, this layer's attention is {kind}; unset the "
             "nwor flag for this model"
         )
-    for field, what in (("alibi_slopes", "ALiBi"), ("sinks", "attention sinks")):
-        if getattr(impl, field, None) is not None:
-            return (
-                f"layer {name}: {what} never ran with staged rows; unset the nwor flag for this "
-                "model"
-            )
+    if getattr(impl, "alibi_slopes", None) is not None:
+        return f"layer {name}: ALiBi never ran with staged rows; unset the nwor flag for this model"
     return ""
 
 

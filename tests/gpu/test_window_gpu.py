@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from window_support import ALL, MIXED, NONE, SOME, Rig, rig
 from nwor_compile import Committed
 from nwor_compile.ops import stage_kv_window
 from nwor_compile.ops.error_bits import COUNT_MISMATCH
+from nwor_compile.vllm_adapter.metrics_file import SnapshotWriter, read
 
 pytestmark = pytest.mark.gpu
 
@@ -297,6 +300,31 @@ def test_invariant_7_nothing_waits_between_begin_and_commit(
         result = no_sync(window)
         assert (result.accepted.tolist(), result.error.item()) == (ALL, 0)
         assert r.holds(r.expected(before, ALL))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_counters_reach_a_file_in_memory_without_a_wait(
+    warm: bool, no_sync: Callable[[Callable[[], Any]], Any]
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, rig(geometries=(GEOMETRY,)) as r:
+        file = SnapshotWriter(Path(folder, "engine"), r.window, engine=0, model="tiny")
+        if warm:
+            r.window.warm_up()
+        file.publish()
+        run(r, SOME)  # compiles the kernels
+        sampling = r.sampling(ALL)
+
+        def window() -> None:
+            r.begin()
+            stage(r)
+            r.window.commit(sampling.sampled_ids, r.batch.draft_ids, sampling.num_sampled)
+            file.publish_host()
+
+        no_sync(window)
+        torch.cuda.synchronize()
+        assert read(file.path).metrics() == r.window.metrics()
+        assert read(file.path).metrics().nwor_windows == 2
+        assert bool(r.window.validator.vectorised) is not warm
 
 
 def test_invariant_7_scv_off_waits(no_sync: Callable[[Callable[[], Any]], Any]) -> None:

@@ -167,7 +167,7 @@ def test_a_layer_says_why_it_cannot_be_staged() -> None:
         (layer(), ""), (layer("TRITON_ATTN", kv_cache_dtype="fp8_e5m2"), ""),
         (layer("FLASHINFER"), "FLASHINFER"), (layer(kv_cache_dtype="nvfp4"), "nvfp4"),
         (layer(attn_type="encoder_only"), "encoder_only"),
-        (layer(alibi_slopes=[1.0]), "ALiBi"), (layer(sinks=object()), "attention sinks"),
+        (layer(alibi_slopes=[1.0]), "ALiBi"), (layer(sinks=object()), ""),
     ):  # fmt: skip
         reason = layer_refusal("layer", made)
         assert (named in reason) if named else not reason
