@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -16,7 +18,7 @@ from window_support import ALL, SOME, Rig, rig
 
 from nwor_compile.errors import WindowInputError, WindowOrderError
 from nwor_compile.metrics import GAUGES, Metrics
-from nwor_compile.vllm_adapter import metrics
+from nwor_compile.vllm_adapter import metrics, metrics_file
 from nwor_compile.vllm_adapter.metrics_file import PAGE, SnapshotWriter, read, read_all
 from nwor_compile.vllm_adapter.staging_worker import StagingWorker
 
@@ -309,3 +311,33 @@ def test_a_mirror_fits_and_comes_before_the_graphs(staging: Rig) -> None:
         window.mirror_counters(torch.zeros(size, dtype=torch.int64))
     window.validator.graphs.clear()
     assert window.tensors.mirrors == []
+
+
+def test_a_mapped_file_is_registered_for_as_long_as_it_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or CUDA would refuse the next engine's file, where it is mapped at the same address."""
+    registered: dict[int, int] = {}
+
+    class Cudart:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            registered[address] = size
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            del registered[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64))
+    words = np.memmap(path, np.int64, "r+", shape=(8,))
+    metrics_file._pin(words)
+    assert registered == {words.ctypes.data: 64}
+    tensor = torch.from_numpy(words)[2:]
+    del words
+    gc.collect()
+    assert len(registered) == 1
+    del tensor
+    gc.collect()
+    assert registered == {}

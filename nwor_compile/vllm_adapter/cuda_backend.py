@@ -17,7 +17,11 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.attention_choice import ever_depends_on_tokens, prefers_fused
+from nwor_compile.attention_choice import (
+    FUSED_REQUESTS,
+    ever_depends_on_tokens,
+    prefers_fused,
+)
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -91,25 +95,24 @@ class NworFlashImpl(FlashAttentionImpl):
     def _fused(self, metadata: Any) -> bool:
         if self.attention == "stock":
             return False
-        # Masks that FlashAttention 4 knows, of models with images or with windows by position; and
-        # `causal` may be a tensor, one value a request.
-        masked = any(getattr(metadata, name, None) is not None for name in MASKS)
-        plain = metadata.causal is True and not masked
         if self.attention == "fused":
-            if not plain:
+            if not _is_plain(metadata):
                 raise NotImplementedError(
                     'attention "fused" knows causal masks alone, and this model asks for another; '
                     'use "auto" or "stock"'
                 )
             return True
         requests = metadata.seq_lens.shape[0]
+        if requests > FUSED_REQUESTS:  # at once: a step without a graph asks in every layer
+            return False
         tokens = None if self._contexts is None else self._contexts.tokens
-        return plain and prefers_fused(
+        preferred = prefers_fused(
             requests,
             metadata.max_query_len,
             requests * self._longest if tokens is None else tokens,
             grouped=self.num_heads > self.num_kv_heads,
         )
+        return preferred and _is_plain(metadata)
 
     def forward(
         self,
@@ -138,6 +141,14 @@ class NworFlashImpl(FlashAttentionImpl):
             query, key_cache, value_cache, metadata.block_table, metadata.seq_lens,
             metadata.query_start_loc, self.scale, out=output,
         )  # fmt: skip
+
+
+def _is_plain(metadata: Any) -> bool:
+    """Whether attention is causal and nothing else."""
+    # Masks that FlashAttention 4 knows, of models with images or with windows by position; and
+    # `causal` may be a tensor, one value a request.
+    masked = any(getattr(metadata, name, None) is not None for name in MASKS)
+    return metadata.causal is True and not masked
 
 
 class NworFlashBackend(FlashAttentionBackend):

@@ -12,7 +12,9 @@ The file outlives its engine, so a report can be taken after shutdown.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ import torch
 
 from nwor_compile.metrics import Metrics, metrics_of
 from nwor_compile.window import Window
+
+log = logging.getLogger("nwor_compile")
 
 PAGE = 4096
 HOST_WORDS = ("fallbacks", "vectorised")
@@ -115,7 +119,8 @@ def read_all(prefix: Path) -> list[Snapshot]:
 
 
 def _pin(words: np.ndarray) -> None:
-    """Let the device copy into the mapped file by itself; without it such a copy would wait.
+    """Let the device copy into the mapped file by itself, for as long as it is mapped; without it
+    such a copy would wait.
 
     Linux lets a device write to pages of a file in memory, and not of one on a disk.
     """
@@ -125,3 +130,12 @@ def _pin(words: np.ndarray) -> None:
             f"cudaHostRegister of NWOR's metrics file failed with {int(code)}: expected a file in "
             "memory. Unset NWOR_METRICS_DIR, or set it to a directory under /dev/shm"
         )
+    # Or the next mapping at this address, of the next engine of this process, could not be.
+    unpin = weakref.finalize(words, _unpin, words.ctypes.data)
+    unpin.atexit = False  # CUDA may be gone by then
+
+
+def _unpin(address: int) -> None:
+    code = torch.cuda.cudart().cudaHostUnregister(address)
+    if int(code) != 0:
+        log.warning("cudaHostUnregister of NWOR's metrics file failed with %d", int(code))

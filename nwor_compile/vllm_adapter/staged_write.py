@@ -5,13 +5,12 @@ What it needs of a backend is the packed cache of `packed_cache.py` and its dtyp
 
 Outside CUDA graphs a write runs once a layer and step, and what it costs the host is what the step
 waits for. So each layer's is prepared once (NOTE [kept kernels] in `ops/kernels/launch.py`) and
-kept for as long as all that it was prepared from stays; and nothing is checked that was checked
-when the window was made.
+kept for as long as what it was prepared from stays; and nothing is checked that was checked when
+the window was made.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,22 +25,20 @@ from nwor_compile.vllm_adapter.stored_rows import PLAIN
 
 
 class _Kept(NamedTuple):
-    """A prepared write. objects, values: what it was prepared from."""
+    """A prepared write, and what it was prepared from that an engine may replace: the layer's cache
+    and staging, and where its rotation's table lies. Scales change in place."""
 
-    objects: tuple[object, ...]
-    values: tuple[object, ...]
+    kv_cache: Tensor
+    staging: LayerStaging | None
+    table: int
     write: Callable[..., None]
 
-    def fits(self, objects: tuple[object, ...], values: tuple[object, ...]) -> bool:
-        """Whether they are the same objects, and equal values."""
-        return self.values == values and all(map(operator.is_, self.objects, objects))
 
-
-_kept: dict[tuple[object, ...], _Kept] = {}
+_kept: dict[tuple[str, str], _Kept] = {}
 
 
 def forget() -> None:
-    """Drop all that was prepared: it holds caches."""
+    """Drop all that was prepared: it holds caches, and was made for the implementation of then."""
     _kept.clear()
 
 
@@ -62,12 +59,13 @@ def stage_write(
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
     """Certain rows to the cache, draft rows to staging, in one launch: a function of key, value and
     slot_mapping."""
-    prepare, how = pick(STAGE_WRITE, kv_cache.device), stored(layer)
-
-    def made() -> Callable[..., None]:
-        return prepare(*split_cache(kv_cache), _staged(staging), *how)
-
-    return _prepared((name, "stage"), (prepare, kv_cache, staging, *how), (), made)
+    kept = _kept.get((name, "stage"))
+    if kept is not None and kept.kv_cache is kv_cache and kept.staging is staging:
+        return kept.write
+    prepare = pick(STAGE_WRITE, kv_cache.device)
+    write = prepare(*split_cache(kv_cache), _staged(staging), *stored(layer))
+    _kept[name, "stage"] = _Kept(kv_cache, staging, 0, write)
+    return write
 
 
 def rope_write(
@@ -80,31 +78,25 @@ def rope_write(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
     """The same after a rotation of q and k in place by `table` `[positions, rotary_dim]`, in one
     launch: a function of query, key, value, positions and slot_mapping. Without `staging` all rows
-    go to the cache."""
-    prepare, how = pick(ROPE_WRITE, kv_cache.device), stored(layer)
-
-    def made() -> Callable[..., None]:
-        to = None if staging is None else _staged(staging)
-        return prepare(
-            *split_table(table), table.shape[1], is_neox, *split_cache(kv_cache), to, *how
-        )
-
-    # Of the table the engine may bring another object, a view of the same memory.
-    values = (table.data_ptr(), table.shape, table.stride(), table.dtype, is_neox)
-    key = (name, "rope", staging is None)
-    return _prepared(key, (prepare, kv_cache, staging, *how), values, made)
-
-
-def _prepared(
-    key: tuple[object, ...],
-    objects: tuple[object, ...],
-    values: tuple[object, ...],
-    make: Callable[[], Callable[..., None]],
-) -> Callable[..., None]:
+    go to the cache. A layer's `is_neox` is always the same."""
+    key = name, "certain" if staging is None else "rope"
     kept = _kept.get(key)
-    if kept is None or not kept.fits(objects, values):
-        kept = _kept[key] = _Kept(objects, values, make())
-    return kept.write
+    # Of the table the engine may bring another object, a view of the same memory.
+    place = table.data_ptr()
+    if (
+        kept is not None
+        and kept.kv_cache is kv_cache
+        and kept.staging is staging
+        and kept.table == place
+    ):
+        return kept.write
+    prepare = pick(ROPE_WRITE, kv_cache.device)
+    to = None if staging is None else _staged(staging)
+    write = prepare(
+        *split_table(table), table.shape[1], is_neox, *split_cache(kv_cache), to, *stored(layer)
+    )
+    _kept[key] = _Kept(kv_cache, staging, place, write)
+    return write
 
 
 def _staged(staging: LayerStaging) -> tuple[Tensor, Tensor, Tensor, Tensor]:
