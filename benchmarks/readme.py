@@ -273,7 +273,9 @@ def _gpu_tests() -> str:
     for prefix, how in (
         ("gpu-tests-kernels", ""), ("gpu-tests-windows", ""), ("gpu-stress", ""),
         ("gpu-tail-stress", ""),
-        ("gpu-tests-launch", ""),
+        ("gpu-tests-captures", ""),
+        ("gpu-window-memcheck", " under compute-sanitizer memcheck"),
+        ("gpu-window-racecheck", " under compute-sanitizer racecheck"),
         ("gpu-rope-memcheck", " under compute-sanitizer memcheck"),
         ("gpu-memcheck", " under compute-sanitizer memcheck, of kernels older than tail blocks"),
     ):  # fmt: skip
@@ -369,7 +371,11 @@ def steps_block() -> str:
     return "\n\n".join(texts)
 
 
-VARIED_STEPS = ("vllm-gpu-acceptance-steps", "vllm-gpu-varied-steps", "vllm-gpu-ranks-steps")
+# Where two have the same point, the later run's is shown, but no void in the place of a figure.
+VARIED_STEPS = (
+    "vllm-gpu-acceptance-steps", "vllm-gpu-varied-steps", "vllm-gpu-ranks-steps",
+    "vllm-gpu-dims-steps", "vllm-gpu-host-steps", "vllm-gpu-large-steps",
+)  # fmt: skip
 
 
 def _varied_steps() -> str:
@@ -383,7 +389,10 @@ def _varied_steps() -> str:
             step = ratios["step_ms"]
             cell = str(step) if row.status == "ok" else f"{row.status} ({step.ratio:.3f})"
             cell += "" if graphs == {"FULL"} else ", no graph"
-            found.setdefault(row.configuration, {})[f"{row.batch}x{row.context}"] = cell
+            cells = found.setdefault(row.configuration, {})
+            point = f"{row.batch}x{row.context}"
+            if row.status == "ok" or cells.get(point, "void").startswith("void"):
+                cells[point] = cell
     points = sorted(
         {point for cells in found.values() for point in cells},
         key=lambda point: [int(number) for number in point.split("x")][::-1],
@@ -391,7 +400,8 @@ def _varied_steps() -> str:
     rows = [[name, *(cells.get(p, "") for p in points)] for name, cells in sorted(found.items())]
     names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
     return (
-        "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B dims), stock "
+        "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B and 8B dims), "
+        "and a point of the grid that was not run then, stock "
         f"/ stage at requests x tokens; void: pairs of windows differ by more than 3 % ({names}):"
         f"\n\n{_table(['configuration', *points], rows)}"
     )

@@ -16,9 +16,13 @@ from typing import Literal
 
 import torch
 
-# NVTX does nothing unless this names the library of the tool that listens; Nsight sets it for what
-# it starts. A step of a small model waits for the host, and a push and a pop take a microsecond.
-_NVTX_LISTENS = "NVTX_INJECTION64_PATH" in os.environ
+# Set in what a tool starts: the library that NVTX is to load, Nsight Systems' session, and Nsight
+# Compute's connection. Without a tool NVTX does nothing, but a push and a pop take a microsecond,
+# and a step of a small model waits for its host.
+_TOOLS = (
+    "NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE",
+)  # fmt: skip
+_NVTX_LISTENS = any(variable in os.environ for variable in _TOOLS)
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 

@@ -232,11 +232,11 @@ def _final_only() -> Any:
     return importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
 
 
-def main() -> None:
+def main(worker: StepsWorker | None = None) -> None:
     """Keep the answers' pipe to ourselves; file descriptor 1 becomes stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, answers, StepsWorker())
+    serve(sys.stdin, answers, worker or StepsWorker())
     answers.close()
 
 
