@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -142,10 +142,11 @@ class Window:
         self._fake = False
         self._requests = 0
         self._knows_ids = False
+        self._warm = False
         # Of the last arguments that were found right: another step's mostly look the same.
-        self._right_begin: tuple[object, ...] | None = None
-        self._right_commit: tuple[object, ...] | None = None
-        self._right_pass: tuple[object, ...] | None = None
+        self._right_begin: Hashable = None
+        self._right_commit: Hashable = None
+        self._right_pass: Hashable = None
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
         self._layers: dict[str, LayerStaging] = {}
@@ -193,6 +194,7 @@ class Window:
         seq_lens: Tensor | None = None,
         token_ids: Tensor | None = None,
         logit_starts: Tensor | None = None,
+        form: Hashable = None,
     ) -> None:
         """Open a window for one forward pass. Enqueues device work only.
 
@@ -207,6 +209,8 @@ class Window:
             token_ids: `[>= T]` integer, the step's tokens: `commit` then needs no draft ids.
             logit_starts: `[R + 1]` integer on the device, the first logit of each request, which
                 has one more than it has drafts.
+            form: for callers in a hurry: where it equals that of the call before, the arguments
+                have the shapes, dtypes and devices of that call, and are not looked at again.
         Raises:
             WindowOrderError: a window is open, or this one was closed.
             WindowInputError: an argument does not fit; nothing changed.
@@ -220,10 +224,11 @@ class Window:
             name, counts = "logit_starts", logit_starts
         else:
             raise WindowInputError("begin: expected one of num_drafts and logit_starts")
-        form = (
-            name, _form(counts), _form(query_start_loc), _form(slot_mapping), _form(block_table),
-            _form(seq_lens), _form(token_ids),
-        )  # fmt: skip
+        if form is None:
+            form = (
+                name, _form(counts), _form(query_start_loc), _form(slot_mapping),
+                _form(block_table), _form(seq_lens), _form(token_ids),
+            )  # fmt: skip
         slots = {"kv": slot_mapping} if isinstance(slot_mapping, Tensor) else slot_mapping
         tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
         if form != self._right_begin:
@@ -250,6 +255,8 @@ class Window:
         draft_ids: Tensor | None = None,
         num_sampled: Tensor | None = None,
         num_rejected: Tensor | None = None,
+        *,
+        form: Hashable = None,
     ) -> Committed:
         """Validate the sampler's ids and commit the accepted rows. Enqueues device work only.
 
@@ -257,7 +264,7 @@ class Window:
         window, request after request, possibly padded; None where `begin` was given the token ids.
         With `num_rejected` `[R]` too, the result has both counts as the committed rows allow them.
         Ids of a wrong shape, dtype or device are logged, accept nothing and count a fallback. The
-        result is valid until the next `begin`.
+        result is valid until the next `begin`. `form` as for `begin`.
 
         Raises WindowOrderError if no window is open.
         """
@@ -267,7 +274,7 @@ class Window:
         closed = False
         try:
             self._check_poison()
-            result = self._validate(sampled_ids, draft_ids, num_sampled, num_rejected)
+            result = self._validate(sampled_ids, draft_ids, num_sampled, num_rejected, form)
             closed = True  # validation ends the routing too
             self._log.committed(self.tensors, self._requests, result, self.layer_names)
         finally:
@@ -342,6 +349,7 @@ class Window:
         Raises WindowOrderError while a window is open, WindowInputError for an impossible size.
         """
         self._expect(State.IDLE, "warm_up")
+        self._warm = True
         if self.config.scv == "off":
             return
         sizes = self.sizes if sizes is None else list(sizes)
@@ -353,15 +361,16 @@ class Window:
 
     def mirror_counters(self, host: Tensor) -> None:
         """From now on leave a copy of the counters in `host`, like `tensors.counters`, after every
-        commit; SCV graphs make it too. On CUDA it must be memory that the device can write to
-        (pinned), or each commit waits for it.
+        commit; SCV graphs make it too. What an aborted window counted comes with the next commit.
+        On CUDA it must be memory that the device can write to (pinned): a capture fails without.
 
-        Raises WindowOrderError after `warm_up`, whose graphs would not know it, WindowInputError if
-        it does not fit.
+        Raises WindowOrderError while a window is open and after `warm_up`, whose graphs would not
+        know it; WindowInputError if it does not fit.
         """
+        self._expect(State.IDLE, "mirror_counters")
         counters = self.tensors.counters
-        if self.validator.graphs:
-            raise WindowOrderError("mirror_counters: graphs were captured: call it before warm_up")
+        if self._warm:
+            raise WindowOrderError("mirror_counters: this window is warm: call it before warm_up")
         if host.device.type != "cpu" or (host.shape, host.dtype) != (counters.shape, torch.int64):
             raise WindowInputError(
                 f"mirror_counters: expected int64 {list(counters.shape)} on the host, got "
@@ -556,11 +565,13 @@ class Window:
         draft_ids: Tensor | None,
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
+        form: Hashable,
     ) -> Committed:
-        form = (
-            self._requests, self._knows_ids, _form(sampled_ids), _form(draft_ids),
-            _form(num_sampled), _form(num_rejected),
-        )  # fmt: skip
+        if form is None:
+            form = (
+                _form(sampled_ids), _form(draft_ids), _form(num_sampled), _form(num_rejected)
+            )  # fmt: skip
+        form = self._requests, self._knows_ids, form
         if form != self._right_commit:
             problem = self._problem(sampled_ids, draft_ids, num_sampled, num_rejected)
             if problem:

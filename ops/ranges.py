@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -22,7 +22,14 @@ import torch
 _TOOLS = (
     "NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE",
 )  # fmt: skip
-_NVTX_LISTENS = any(variable in os.environ for variable in _TOOLS)
+
+
+def tool_listens(variables: Mapping[str, str]) -> bool:
+    """Whether a process with these environment variables has a tool that sees NVTX ranges."""
+    return any(name in variables for name in _TOOLS)
+
+
+_NVTX_LISTENS = tool_listens(os.environ)
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 

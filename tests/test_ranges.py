@@ -11,6 +11,19 @@ from nwor_compile.ops import ranges
 from nwor_compile.ops.ranges import span
 
 
+@pytest.mark.parametrize(
+    ("variable", "listens"),
+    [
+        ("NVTX_INJECTION64_PATH", True),
+        ("NSYS_PROFILING_SESSION_ID", True),
+        ("NV_NSIGHT_INJECTION_TRANSPORT_TYPE", True),
+        ("PATH", False),
+    ],
+)
+def test_a_tool_is_known_by_the_variables_that_it_sets(variable: str, listens: bool) -> None:
+    assert ranges.tool_listens({variable: "x"}) is listens
+
+
 def test_without_a_profiler_a_range_is_one_shared_object() -> None:
     assert span("nwor.stage") is span("nwor.commit")
 
@@ -30,6 +43,7 @@ def test_a_window_shows_up_in_torchs_profiler() -> None:
 def test_for_a_tool_that_listens_it_is_an_nvtx_range(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranges, "_NVTX_LISTENS", False)
     assert span("nwor.stage") is span("nwor.commit")
     monkeypatch.setattr(ranges, "_NVTX_LISTENS", True)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)

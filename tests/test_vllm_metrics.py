@@ -39,7 +39,9 @@ def staging() -> Iterator[Rig]:
 
 
 def writer(prefix: Path, r: Rig, engine: int = 0) -> SnapshotWriter:
-    return SnapshotWriter(prefix, r.window, engine=engine, model="tiny")
+    made = SnapshotWriter(prefix, r.window, engine=engine, model="tiny")
+    made.show()
+    return made
 
 
 def scrape() -> dict[str, dict[tuple[str, ...], float]]:
@@ -171,8 +173,35 @@ def test_a_file_is_whole_or_not_there(prefix: Path, staging: Rig) -> None:
     assert [path.name for path in prefix.parent.iterdir()] == ["engine-0.nwor"]
 
 
+def test_readers_find_it_when_it_is_shown_with_the_counters_of_then(
+    prefix: Path, staging: Rig
+) -> None:
+    file = SnapshotWriter(prefix, staging.window, engine=0, model="tiny")
+    staging.run(SOME)
+    assert read_all(prefix) == []
+    staging.window.tensors.counters.zero_()
+    file.show()
+    (found,) = read_all(prefix)
+    assert found.metrics().nwor_windows == 0
+
+
+def test_closing_writes_what_an_aborted_window_counted_and_lets_the_window_go(
+    prefix: Path, staging: Rig
+) -> None:
+    file = writer(prefix, staging)
+    staging.begin()
+    staging.window.abort()
+    expected = staging.window.metrics()
+    assert expected.nwor_certain_rows > 0
+    file.close(keep=True)
+    assert metrics.last_report() == expected
+    assert staging.window.tensors.mirrors == []
+    staging.run(SOME)
+    assert metrics.last_report() == expected
+
+
 class Worker:
-    """As much of vLLM's worker as the mix-in builds on; its step runs one window."""
+    """As much of vLLM's worker as the mix-in builds on; its warm-up and its step run a window."""
 
     def __init__(self, r: Rig, rank: int) -> None:
         self.rig, self.rank = r, rank
@@ -182,7 +211,13 @@ class Worker:
             model_config=SimpleNamespace(served_model_name="tiny"),
         )
 
+    fails = False
+
+    @torch.inference_mode()
     def compile_or_warm_up_model(self) -> float:
+        self.rig.run(SOME)
+        if self.fails:
+            raise RuntimeError("no memory")
         return 1.5
 
     def sample_tokens(self, grammar: Any) -> str:
@@ -203,9 +238,11 @@ class Hooks:
 
     def warm_up(self) -> None:
         self.calls.append("warm_up")
+        self.window.warm_up()
 
     def warmed_up(self) -> None:
         self.calls.append("warmed_up")
+        self.window.tensors.counters.zero_()
         if self.refuses:
             self.window = None
 
@@ -226,6 +263,7 @@ def test_rank_0_alone_publishes(prefix: Path, staging: Rig) -> None:
         workers = [MixedWorker(r, rank) for rank, r in enumerate((staging, other))]
         for worker in workers:
             assert worker.compile_or_warm_up_model() == 1.5
+        assert [len(r.window.tensors.mirrors) for r in (staging, other)] == [1, 0]
         assert workers[1].sample_tokens("x") == "sampled x"
         assert [each.metrics().nwor_windows for each in read_all(prefix)] == [0]
         workers[0].sample_tokens(None)
@@ -243,6 +281,44 @@ def test_a_worker_warms_its_hooks_up_and_closes_them(prefix: Path, staging: Rig)
     assert worker.nwor_metrics() == {"nwor_windows": 1}
     worker.shutdown()
     assert worker.nwor.calls == ["warm_up", "warmed_up", "close"]
+    assert worker._writer is None  # it holds the window, and so the caches
+
+
+@pytest.mark.parametrize("where", ["warm_up", "vllm", "warmed_up"])
+def test_an_engine_that_did_not_start_leaves_no_file(
+    prefix: Path, staging: Rig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = MixedWorker(staging, 0)
+
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    if where == "vllm":
+        worker.fails = True
+    else:
+        monkeypatch.setattr(worker.nwor, where, fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        worker.compile_or_warm_up_model()
+    assert list(prefix.parent.iterdir()) == []
+    assert metrics.last_report() is None
+
+
+def test_caches_made_anew_are_followed(prefix: Path, staging: Rig) -> None:
+    worker = MixedWorker(staging, 0)
+    worker.compile_or_warm_up_model()
+    worker.sample_tokens(None)
+    with rig(layers=3) as r:
+        worker.rig, worker.nwor.window = r, r.window
+        for windows in (1, 2):
+            worker.sample_tokens(None)
+            (found,) = read_all(prefix)
+            assert found.metrics() == r.window.metrics()
+            assert found.metrics().nwor_windows == windows
+    assert staging.window.tensors.mirrors == []
+    worker.nwor.window = None
+    worker.rig = staging
+    worker.sample_tokens(None)
+    assert read_all(prefix) == []
 
 
 def test_a_worker_without_hooks_is_vllms(prefix: Path, staging: Rig) -> None:
@@ -306,10 +382,14 @@ def test_a_mirror_fits_and_comes_before_the_graphs(staging: Rig) -> None:
     for wrong in (torch.zeros(size + 1, dtype=torch.int64), torch.zeros(size)):
         with pytest.raises(WindowInputError, match=rf"expected int64 \[{size}\] on the host"):
             window.mirror_counters(wrong)
-    window.validator.graphs[1] = None  # type: ignore[assignment]
+    right = torch.zeros(size, dtype=torch.int64)
+    staging.begin()
+    with pytest.raises(WindowOrderError, match="a window is open"):
+        window.mirror_counters(right)
+    window.abort()
+    window.warm_up()
     with pytest.raises(WindowOrderError, match="before warm_up"):
-        window.mirror_counters(torch.zeros(size, dtype=torch.int64))
-    window.validator.graphs.clear()
+        window.mirror_counters(right)
     assert window.tensors.mirrors == []
 
 
@@ -332,8 +412,12 @@ def test_a_mapped_file_is_registered_for_as_long_as_it_is_mapped(
     path = tmp_path / "file"
     path.write_bytes(bytes(64))
     words = np.memmap(path, np.int64, "r+", shape=(8,))
-    metrics_file._pin(words)
+    unpin: Any = metrics_file._pin(words)
     assert registered == {words.ctypes.data: 64}
+    assert not unpin.atexit
+    unpin()
+    assert registered == {}
+    unpin = metrics_file._pin(words)
     tensor = torch.from_numpy(words)[2:]
     del words
     gc.collect()
@@ -341,3 +425,11 @@ def test_a_mapped_file_is_registered_for_as_long_as_it_is_mapped(
     del tensor
     gc.collect()
     assert registered == {}
+
+
+def test_a_file_made_in_inference_mode_is_written_outside_of_it(prefix: Path, staging: Rig) -> None:
+    with torch.inference_mode():
+        writer(prefix, staging)
+    staging.run(SOME)
+    (found,) = read_all(prefix)
+    assert found.metrics().nwor_windows == 1

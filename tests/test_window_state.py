@@ -60,6 +60,38 @@ def test_a_window_is_idle_then_open_then_idle_then_closed() -> None:
     assert r.window.state is State.CLOSED
 
 
+def test_arguments_of_a_given_form_are_looked_at_once() -> None:
+    """The caller says that they are alike; without a form every call is looked at."""
+    with rig() as r:
+        wrong = r.batch.num_drafts.float()
+        for form in ("a", "b"):
+            with pytest.raises(WindowInputError, match="num_drafts"):
+                r.begin(num_drafts=wrong, form=form)
+            for _ in range(2):
+                r.begin(form=form)
+                r.window.abort()
+            r.begin(num_drafts=wrong, form=form)
+            r.window.abort()
+        with pytest.raises(WindowInputError, match="num_drafts"):
+            r.begin(num_drafts=wrong)
+
+
+def test_results_of_a_given_form_are_looked_at_once() -> None:
+    with rig() as r:
+        sampling = r.sampling(SOME)
+        ids = r.batch.draft_ids
+        given = [sampling.sampled_ids, sampling.sampled_ids.float(), sampling.sampled_ids.float()]
+        for sampled, form, fallbacks in zip(given, (3, 3, None), (0, 0, 1), strict=True):
+            before = r.rows()
+            r.begin()
+            r.forward()
+            result = r.window.commit(sampled, ids, sampling.num_sampled, form=form)
+            assert r.window.fallbacks == fallbacks
+            expected = SOME if fallbacks == 0 else NONE
+            assert result.accepted.tolist() == expected
+            assert r.holds(r.expected(before, expected))
+
+
 def test_a_second_begin_is_refused_and_the_open_window_goes_on() -> None:
     with rig() as r:
         before = r.rows()

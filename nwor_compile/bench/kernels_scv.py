@@ -37,6 +37,7 @@ class _Step:
 
     def __init__(self, requests: int) -> None:
         self.batch = Batch(Point(requests, CONTEXT, span=DRAFTS + 1))
+        self.slots, self.tables = {"kv": self.batch.slots}, {"kv": self.batch.table}
         self.window = self.batch.window
         self.window.abort()
         self.window.warm_up([requests])
@@ -60,11 +61,11 @@ class _Step:
         self.window.tensors.state.zero_()
 
     def begin(self) -> None:
-        """Open a window, as the adapter of vLLM's V2 runner does."""
+        """Open a window, as the adapter of vLLM's V2 runner does: of arguments that it knows."""
         batch = self.batch
         self.window.begin(
-            None, batch.starts, {"kv": batch.slots}, block_table={"kv": batch.table},
-            seq_lens=batch.lengths, token_ids=self.token_ids, logit_starts=self.logit_starts,
+            None, batch.starts, self.slots, block_table=self.tables, seq_lens=batch.lengths,
+            token_ids=self.token_ids, logit_starts=self.logit_starts, form=batch.tokens,
         )  # fmt: skip
 
     def begin_plainly(self) -> None:
@@ -92,7 +93,8 @@ class _Step:
 
     def commit(self) -> Tensor:
         """The whole of SCV and the commit, through the window, as the V2 adapter does."""
-        return self.window.commit(self.sampled, None, self.num_sampled, self.num_rejected).accepted
+        counts = self.num_sampled, self.num_rejected
+        return self.window.commit(self.sampled, None, *counts, form=self.batch.tokens).accepted
 
     def commit_plainly(self) -> Tensor:
         """The same with the drafts' ids and without counts."""

@@ -101,7 +101,7 @@ CONFIGURATION: tuple[Entry, ...] = (
     Text("envs.py", "", "os.environ.get('VLLM_USE_BREAKABLE_CUDAGRAPH', '0')"),
 )  # fmt: skip
 
-# worker.py, metrics_worker.py
+# worker.py, staging_worker.py
 WORKER: tuple[Entry, ...] = (
     Function(CPU_WORKER, "CPUWorker.init_device", ("self",)),
     Function(CPU_WORKER, "CPUWorker.compile_or_warm_up_model", ("self",)),
@@ -330,6 +330,7 @@ CUDA: tuple[Entry, ...] = (
         "v1/worker/gpu/input_batch.py", "InputBatch",
         (
             "num_draft_tokens", "cu_num_logits", "query_start_loc", "seq_lens", "input_ids",
+            "num_reqs", "num_reqs_after_padding", "num_tokens_after_padding",
         ),
         until=CUDA_END,
     ),
@@ -369,7 +370,7 @@ CUDA: tuple[Entry, ...] = (
     ),
 )  # fmt: skip
 
-# metrics.py, metrics_worker.py
+# metrics.py, staging_worker.py
 FIGURES: tuple[Entry, ...] = (
     Names(
         "config/parallel.py", "ParallelConfig",

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nwor_compile.config import NworConfig
 from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.runner import RunnerHooks, abort_unsampled
 from nwor_compile.window import State, Window
@@ -27,10 +28,33 @@ from nwor_compile.window import State, Window
 log = logging.getLogger("nwor_compile")
 
 
+MOST_FORMS = 256  # of steps, whose arguments are kept
+
+
+class _StepArguments(NamedTuple):
+    """What `Window.begin` is given in a step, but for the counts. places: where it lies."""
+
+    places: tuple[int, ...]
+    starts: Tensor
+    slots: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    lengths: Tensor
+    ids: Tensor
+
+
 class DeviceRunnerHooks(RunnerHooks):
     """`RunnerHooks` for vLLM's V2 model runner."""
 
     HOOKED = ("initialize_kv_cache", "prepare_attn", "execute_model", "sample")
+
+    def __init__(self, runner: Any, config: Any, settings: NworConfig) -> None:
+        self._arguments: dict[tuple[int, ...], _StepArguments] = {}
+        super().__init__(runner, config, settings)
+
+    def close(self) -> None:
+        """As on V1."""
+        self._arguments.clear()
+        super().close()
 
     def _attach(self) -> None:
         speculator = getattr(self.runner, "speculator", None)
@@ -66,11 +90,10 @@ class DeviceRunnerHooks(RunnerHooks):
         abort_unsampled(window)
         # On the host vLLM knows how many drafts there are; which rows they are is device data.
         # Without any, the graphs find the routing of direct mode, and the engine's block tables.
-        tables = {name: result[0][int(name)] for name in window.groups}
         if input_batch.num_draft_tokens > 0:
-            self._begin_step(window, input_batch, tables, result[1])
+            self._begin_step(window, input_batch, *result)
         else:
-            window.pass_through(tables)
+            window.pass_through({name: result[0][int(name)] for name in window.groups})
         return result
 
     def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
@@ -80,18 +103,38 @@ class DeviceRunnerHooks(RunnerHooks):
         return {**step, "num_drafts": None}
 
     def _begin_step(
-        self, window: Window, input_batch: Any, tables: dict[str, Tensor], slot_mappings: Tensor
+        self, window: Window, input_batch: Any, tables: tuple[Tensor, ...], slot_mappings: Tensor
     ) -> None:
-        requests = input_batch.cu_num_logits.shape[0] - 1
-        window.begin(
-            None,
-            _leading(input_batch.query_start_loc, requests + 1),
-            {name: slot_mappings[int(name)] for name in tables},
-            block_table=tables,
-            seq_lens=_leading(input_batch.seq_lens, requests),
-            token_ids=input_batch.input_ids,
-            logit_starts=input_batch.cu_num_logits,
+        # All but the counts lies in buffers that vLLM keeps, because its graphs record where; each
+        # step brings new views of them, as large as these numbers say. To make views of views and
+        # look at them all takes longer than the launches, and small models wait for it.
+        form = (
+            input_batch.num_reqs, input_batch.num_reqs_after_padding,
+            input_batch.num_tokens_after_padding,
+        )  # fmt: skip
+        starts, lengths, ids = (
+            input_batch.query_start_loc,
+            input_batch.seq_lens,
+            input_batch.input_ids,
         )
+        places = tuple([each.data_ptr() for each in (starts, lengths, ids, slot_mappings, *tables)])
+        step = self._arguments.get(form)
+        if step is None or step.places != places:
+            if len(self._arguments) >= MOST_FORMS:
+                self._arguments.clear()
+            requests, names = input_batch.num_reqs, window.groups
+            step = self._arguments[form] = _StepArguments(
+                places,
+                starts[: requests + 1],
+                {name: slot_mappings[int(name)] for name in names},
+                {name: tables[int(name)] for name in names},
+                lengths[:requests],
+                ids,
+            )
+        window.begin(
+            None, step.starts, step.slots, block_table=step.tables, seq_lens=step.lengths,
+            token_ids=step.ids, logit_starts=input_batch.cu_num_logits, form=form,
+        )  # fmt: skip
 
     def _execute_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -120,7 +163,10 @@ class DeviceRunnerHooks(RunnerHooks):
         except BaseException:
             window.abort()
             raise
-        done = window.commit(output.sampled_token_ids, None, sampled, rejected)
+        # As many ids a request in every step as the sampler of drafts has columns.
+        done = window.commit(
+            output.sampled_token_ids, None, sampled, rejected, form=input_batch.num_reqs
+        )
         if done.counts is None:
             raise RuntimeError("a commit that was given counts returned none")
         # With the error flag up nothing was committed: each request keeps its first token alone.
@@ -132,8 +178,3 @@ class DeviceRunnerHooks(RunnerHooks):
         # output holds it.
         output.num_sampled, output.num_rejected = done.counts.clone().unbind(0)
         return output, output.num_sampled, output.num_rejected
-
-
-def _leading(tensor: Tensor, entries: int) -> Tensor:
-    """The tensor without padding; most steps have none, and a view takes time."""
-    return tensor if tensor.shape[0] == entries else tensor[:entries]

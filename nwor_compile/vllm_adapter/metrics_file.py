@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def total(snapshots: list[Snapshot]) -> Metrics:
 class SnapshotWriter:
     """Has one window write its counters; lives in the worker of rank 0.
 
-    Made before `Window.warm_up`. Raises WindowOrderError after it.
+    Made before `Window.warm_up`; raises WindowOrderError after it. Readers find the file from
+    `show` on, and after `close` too.
     """
 
     def __init__(self, prefix: Path, window: Window, *, engine: int, model: str) -> None:
@@ -78,19 +80,39 @@ class SnapshotWriter:
         page = json.dumps(header).encode().ljust(PAGE)
         if len(page) != PAGE:
             raise ValueError(f"the served model name is too long for a metrics file: {model[:80]}…")
-        # Readers find the old file or the new one, never a part of it.
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_bytes(page + bytes(8 * size))
-        os.replace(unfinished, self.path)
-        self._words = np.memmap(self.path, np.int64, "r+", offset=PAGE, shape=(size,))
+        self._hidden = self.path.with_suffix(".tmp")
+        self._hidden.write_bytes(page + bytes(8 * size))
+        self._words = np.memmap(self._hidden, np.int64, "r+", offset=PAGE, shape=(size,))
         self._counted = (0, 0)
         # An inference tensor could be written in inference mode alone; warm-up is not in it.
         with torch.inference_mode(False):
             self._counters = torch.from_numpy(self._words)[len(HOST_WORDS) :]
-        if counters.is_cuda:
-            _pin(self._words)
+        self._unpin = _pin(self._words) if counters.is_cuda else None
         window.mirror_counters(self._counters)
+
+    def show(self) -> None:
+        """From here on readers find the file. It is there as a whole, and has the counters of now,
+        not those of a warm-up."""
         self.publish()
+        os.replace(self._hidden, self.path)
+
+    def close(self, *, keep: bool) -> None:
+        """Write the last counters, let the window go and the memory be pageable again. Waits for
+        the device.
+
+        keep: leave the file for a report; else it goes, as of an engine that never ran or runs
+            direct.
+        """
+        window = self.window
+        if keep:
+            self.publish()
+        window.tensors.mirrors.clear()
+        if self._unpin is not None:
+            torch.cuda.synchronize()  # commits under way still write there
+            self._unpin()
+        if not keep:
+            self._hidden.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
     def publish(self) -> None:
         """Write everything, as of the work enqueued so far. Waits for nothing."""
@@ -118,11 +140,13 @@ def read_all(prefix: Path) -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: snapshot.engine)
 
 
-def _pin(words: np.ndarray) -> None:
+def _pin(words: np.ndarray) -> Callable[[], object]:
     """Let the device copy into the mapped file by itself, for as long as it is mapped; without it
     such a copy would wait.
 
-    Linux lets a device write to pages of a file in memory, and not of one on a disk.
+    Linux lets a device write to pages of a file in memory, and not of one on a disk. Returns what
+    undoes it; that happens with the mapping's end at the latest, or the next mapping at this
+    address, of the next engine of this process, could not be pinned.
     """
     code = torch.cuda.cudart().cudaHostRegister(words.ctypes.data, words.nbytes, 0)
     if int(code) != 0:
@@ -130,9 +154,9 @@ def _pin(words: np.ndarray) -> None:
             f"cudaHostRegister of NWOR's metrics file failed with {int(code)}: expected a file in "
             "memory. Unset NWOR_METRICS_DIR, or set it to a directory under /dev/shm"
         )
-    # Or the next mapping at this address, of the next engine of this process, could not be.
     unpin = weakref.finalize(words, _unpin, words.ctypes.data)
     unpin.atexit = False  # CUDA may be gone by then
+    return unpin
 
 
 def _unpin(address: int) -> None:

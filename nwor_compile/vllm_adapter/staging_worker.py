@@ -40,43 +40,57 @@ class StagingWorker(_Worker):
         hooks = self.nwor
         if hooks is None:
             return super().compile_or_warm_up_model()
-        self._open_metrics(hooks)
-        hooks.warm_up()
-        result = super().compile_or_warm_up_model()
-        hooks.warmed_up()
-        self._publish(hooks)
+        self._writer = self._open_metrics(hooks)
+        try:
+            hooks.warm_up()
+            result = super().compile_or_warm_up_model()
+            hooks.warmed_up()
+        except BaseException:
+            self._close_metrics(keep=False)
+            raise
+        self._show_metrics(hooks)
         return result
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """A window is committed in here."""
         result = super().sample_tokens(*args, **kwargs)
-        if self._writer is not None:
-            self._writer.publish_host()
+        writer, hooks = self._writer, self.nwor
+        if writer is not None and hooks is not None:
+            if writer.window is not hooks.window:  # the caches were made anew
+                self._close_metrics(keep=False)
+                self._writer = self._open_metrics(hooks)
+                self._show_metrics(hooks)
+            else:
+                writer.publish_host()
         return result
 
     def shutdown(self) -> None:
         """Stage nothing from here on: the next engine of this process may get the same memory."""
-        if self.nwor is not None:
-            self.nwor.close()
-        super().shutdown()
+        try:
+            if self.nwor is not None:
+                self._close_metrics(keep=self.nwor.window is not None)
+        finally:
+            if self.nwor is not None:
+                self.nwor.close()
+            super().shutdown()
 
     def nwor_metrics(self) -> dict[str, Any]:
         """The window's counters; for `LLM.collective_rpc("nwor_metrics")`. Empty in mode `off`."""
         return {} if self.nwor is None else self.nwor.metrics()
 
-    def _open_metrics(self, hooks: RunnerHooks) -> None:
+    def _open_metrics(self, hooks: RunnerHooks) -> SnapshotWriter | None:
         window = hooks.window
         if window is None or self.rank != 0:
-            return
+            return None
         if PREFIX_VARIABLE not in os.environ:
             log.warning(
                 "NWOR: this worker has no %s (is it on another node than the server?); its "
                 "counters are not on /metrics, only in collective_rpc('nwor_metrics')",
                 PREFIX_VARIABLE,
             )
-            return
+            return None
         parallel = self.vllm_config.parallel_config
-        self._writer = SnapshotWriter(
+        return SnapshotWriter(
             Path(os.environ[PREFIX_VARIABLE]),
             window,
             engine=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
@@ -84,14 +98,18 @@ class StagingWorker(_Worker):
         )
 
     @torch.inference_mode()
-    def _publish(self, hooks: RunnerHooks) -> None:
+    def _show_metrics(self, hooks: RunnerHooks) -> None:
         # vLLM's warm-up samples in inference mode, and the tensors made there can only be written
         # in it.
         if self._writer is None:
             return
-        if hooks.window is None:
-            # Refused after warm-up, and running direct: without a file it is not taken for active.
-            self._writer.path.unlink(missing_ok=True)
-            self._writer = None
+        if hooks.window is None:  # refused after warm-up, and running direct
+            self._close_metrics(keep=False)
         else:
-            self._writer.publish()
+            self._writer.show()
+
+    @torch.inference_mode()
+    def _close_metrics(self, *, keep: bool) -> None:
+        if self._writer is not None:
+            self._writer.close(keep=keep)
+            self._writer = None

@@ -310,7 +310,7 @@ def test_the_counters_reach_a_file_in_memory_without_a_wait(
         file = SnapshotWriter(Path(folder, "engine"), r.window, engine=0, model="tiny")
         if warm:
             r.window.warm_up()
-        file.publish()
+        file.show()
         run(r, SOME)  # compiles the kernels
         sampling = r.sampling(ALL)
 
@@ -324,6 +324,8 @@ def test_the_counters_reach_a_file_in_memory_without_a_wait(
         torch.cuda.synchronize()
         assert read(file.path).metrics() == r.window.metrics()
         assert read(file.path).metrics().nwor_windows == 2
+        file.close(keep=True)
+        assert read(file.path).metrics() == r.window.metrics()
         assert bool(r.window.validator.vectorised) is not warm
 
 

@@ -62,6 +62,7 @@ class Runner:
         tables = [torch.zeros(4, 3, dtype=torch.int32)]
         self.block_tables = SimpleNamespace(input_block_tables=tables)
         self.fail = ""
+        self.prepared: Any = None
         # 7 is accepted, 9 is the correction of 8; the prefill samples nothing. What lies past the
         # counts is garbage in V2.
         self.sampled = torch.tensor([[7, 9, 1234], [55, 66, 77]])
@@ -72,7 +73,7 @@ class Runner:
         allocate(self.context, kv_cache_config)
 
     def prepare_attn(self, input_batch: Any) -> Any:
-        return (TABLE,), torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
+        return self.prepared or ((TABLE,), torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]]))
 
     def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> Any:
         self.prepare_attn(scheduler_output)
@@ -93,6 +94,9 @@ class Runner:
 def batch(drafts: int = 2) -> Any:
     ends = [0, 1 + drafts, 2 + drafts]
     return SimpleNamespace(
+        num_reqs=2,
+        num_reqs_after_padding=3,
+        num_tokens_after_padding=8,
         num_draft_tokens=drafts,
         cu_num_logits=torch.tensor(ends, dtype=torch.int32),
         query_start_loc=torch.tensor([0, 3, 6, 6], dtype=torch.int32),
@@ -184,8 +188,8 @@ def test_the_counts_stay_when_the_next_commit_overwrites_the_windows(
     """The engine copies them on a stream that the next step does not wait for."""
     commit, kept = rig.hooks.window.commit, []
 
-    def noted(*given: Any) -> Any:
-        kept.append(commit(*given))
+    def noted(*given: Any, **form: Any) -> Any:
+        kept.append(commit(*given, **form))
         return kept[0]
 
     monkeypatch.setattr(rig.hooks.window, "commit", noted)
@@ -194,6 +198,48 @@ def test_the_counts_stay_when_the_next_commit_overwrites_the_windows(
     _, sampled, rejected = rig.runner.sample("hidden", batch(), None)
     kept[0].counts.fill_(7)
     assert (sampled.tolist(), rejected.tolist()) == ([2, 0], [1, 0])
+
+
+def test_steps_of_one_form_are_given_the_views_of_the_first_until_they_lie_elsewhere(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, given = rig.hooks.window.begin, []
+
+    def noted(counts: Any, starts: Any, slots: Any, **more: Any) -> None:
+        given.append({"query_start_loc": starts, "slot_mapping": slots, **more})
+        begin(counts, starts, slots, **more)
+
+    monkeypatch.setattr(rig.hooks.window, "begin", noted)
+    slots = torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
+    rig.runner.prepared = (TABLE,), slots
+    buffers = batch()
+    views = "query_start_loc", "seq_lens", "input_ids"
+
+    def step(**changed: Any) -> dict[str, Any]:
+        """Of new views of the same buffers, as vLLM makes them, but for what has changed."""
+        made = batch()
+        for name in views:
+            setattr(made, name, getattr(buffers, name)[:])
+        vars(made).update(changed)
+        rig.runner.execute_model(made)
+        write(rig)
+        rig.runner.sample("hidden", made, None)
+        return given[-1]
+
+    first, second = step(), step()
+    assert second.pop("form") == first["form"]
+    assert second.pop("logit_starts") is not first["logit_starts"]
+    assert all(second[name] is first[name] for name in second)
+    assert len(second) == 5
+    for name in views:
+        moved = step(**{name: getattr(buffers, name).clone()})
+        assert moved["slot_mapping"] is not given[-2]["slot_mapping"]
+    fewer = step(num_tokens_after_padding=7)
+    assert fewer["form"] != first["form"]
+    assert rig.hooks.metrics()["nwor_error_windows"] == 0
+    assert rig.hooks.metrics()["nwor_total_committed"] == len(given)
+    rig.hooks.close()
+    assert rig.hooks._arguments == {}
 
 
 def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(rig: Any) -> None:

@@ -116,7 +116,7 @@ def test_rows_are_rotated_and_staged_or_written(layer: Any) -> None:
     assert ops.executions()["staged"] - before["staged"] == 1
 
 
-def test_a_layers_write_is_prepared_once_and_anew_when_anything_it_knows_changes(
+def test_a_layers_write_is_prepared_once_and_anew_with_another_cache_staging_or_table(
     layer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nwor_compile.ops import library
