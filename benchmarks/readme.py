@@ -402,7 +402,8 @@ def _varied_steps() -> str:
     return (
         "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B and 8B dims), "
         "and a point of the grid that was not run then, stock "
-        f"/ stage at requests x tokens; void: pairs of windows differ by more than 3 % ({names}):"
+        "/ stage at requests x tokens; void: pairs of windows differ by more than 3 % (of several "
+        f"runs the last that is not; {names}):"
         f"\n\n{_table(['configuration', *points], rows)}"
     )
 
