@@ -142,7 +142,6 @@ class Window:
         self._fake = False
         self._requests = 0
         self._knows_ids = False
-        self._warm = False
         # Of the last arguments that were found right: another step's mostly look the same.
         self._right_begin: Hashable = None
         self._right_commit: Hashable = None
@@ -349,7 +348,6 @@ class Window:
         Raises WindowOrderError while a window is open, WindowInputError for an impossible size.
         """
         self._expect(State.IDLE, "warm_up")
-        self._warm = True
         if self.config.scv == "off":
             return
         sizes = self.sizes if sizes is None else list(sizes)
@@ -364,13 +362,13 @@ class Window:
         commit; SCV graphs make it too. What an aborted window counted comes with the next commit.
         On CUDA it must be memory that the device can write to (pinned): a capture fails without.
 
-        Raises WindowOrderError while a window is open and after `warm_up`, whose graphs would not
-        know it; WindowInputError if it does not fit.
+        Raises WindowOrderError while a window is open and once there are SCV graphs, which would
+        not know it; WindowInputError if it does not fit.
         """
         self._expect(State.IDLE, "mirror_counters")
         counters = self.tensors.counters
-        if self._warm:
-            raise WindowOrderError("mirror_counters: this window is warm: call it before warm_up")
+        if self.validator.graphs:
+            raise WindowOrderError("mirror_counters: graphs were captured: call it before warm_up")
         if host.device.type != "cpu" or (host.shape, host.dtype) != (counters.shape, torch.int64):
             raise WindowInputError(
                 f"mirror_counters: expected int64 {list(counters.shape)} on the host, got "

@@ -63,8 +63,8 @@ def total(snapshots: list[Snapshot]) -> Metrics:
 class SnapshotWriter:
     """Has one window write its counters; lives in the worker of rank 0.
 
-    Made before `Window.warm_up`; raises WindowOrderError after it. Readers find the file from
-    `show` on, and after `close` too.
+    Made before `Window.warm_up`; raises WindowOrderError once that captured graphs. Readers find
+    the file from `show` on, and after `close` too.
     """
 
     def __init__(self, prefix: Path, window: Window, *, engine: int, model: str) -> None:
