@@ -17,11 +17,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.attention_choice import (
-    FUSED_REQUESTS,
-    ever_depends_on_tokens,
-    prefers_fused,
-)
+from nwor_compile.attention_choice import ever_depends_on_tokens, prefers_fused
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -103,8 +99,6 @@ class NworFlashImpl(FlashAttentionImpl):
                 )
             return True
         requests = metadata.seq_lens.shape[0]
-        if requests > FUSED_REQUESTS:  # at once: a step without a graph asks in every layer
-            return False
         tokens = None if self._contexts is None else self._contexts.tokens
         preferred = prefers_fused(
             requests,
