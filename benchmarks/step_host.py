@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import BaseModel
 
@@ -31,6 +32,7 @@ from nwor_compile.bench.steps_points import (
     unique,
 )
 from nwor_compile.bench.steps_run import GIB, Plan
+from nwor_compile.ops.kernels.launch import KeptLaunch
 
 WINDOWS = 5
 KV_BYTES = 10 * GIB
@@ -38,7 +40,7 @@ RUNNER = (
     "execute_model", "prepare_inputs", "prepare_attn", "_model_forward", "sample_tokens", "sample",
     "_sample",
 )  # fmt: skip
-WINDOW = ("begin", "_route", "commit", "_validate", "pass_through")
+WINDOW = ("begin_recorded", "begin", "commit", "pass_through")
 
 
 class Timed(BaseModel):
@@ -108,10 +110,12 @@ class HostWorker(steps_engine.StepsWorker):
             timers.wrap(worker.model_runner, name)
         for drafter in ("speculator", "drafter"):
             timers.wrap(getattr(worker.model_runner, drafter, None), "propose")
-        window = getattr(getattr(worker, "nwor", None), "window", None)
+        hooks = getattr(worker, "nwor", None)
+        timers.wrap(hooks, "_begin_step")
         for name in WINDOW:
-            timers.wrap(window, name, f"window.{name}")
-        timers.wrap(getattr(window, "redirection", None), "redirect", "window.redirect")
+            timers.wrap(getattr(hooks, "window", None), name, f"window.{name}")
+        timers.wrap(KeptLaunch, "__call__", "kept launches")
+        timers.wrap(torch.cuda.CUDAGraph, "replay", "graph replays")
         return {}
 
     def read_timers(self, command: dict[str, Any]) -> dict[str, Any]:

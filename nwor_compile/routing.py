@@ -98,7 +98,7 @@ class BeginPlan:
 
 def begin_rows(
     plan: BeginPlan,
-    num_drafts: Tensor,
+    num_drafts: Tensor | None,
     query_start_loc: Tensor,
     slot_mappings: list[Tensor],
     seq_lens: Tensor | None = None,
@@ -113,7 +113,8 @@ def begin_rows(
 
     Args:
         num_drafts: `[R]` integer, 1 <= R <= max_requests; or `[R + 1]`, the first logit of each
-            request, which has one more than it has drafts.
+            request, which has one more than it has drafts; or None where the first token of each
+            span is certain and all others are drafts.
         query_start_loc: `[R + 1]` integer; tokens past the last are padding.
         slot_mappings: one `[T]` integer a slot group. A step whose first mapping has no slot at
             all is a warm-up step, which has no drafts whatever its counts.
@@ -123,11 +124,13 @@ def begin_rows(
     """
     routing, kept, slots, tail = plan.routing, plan.kept, plan.slots, plan.tail
     requests, device = query_start_loc.shape[0] - 1, routing.row_map.device
-    if num_drafts.shape[0] > requests:
-        num_drafts = num_drafts.diff() - 1
     first, last = slot_mappings[0], slots[0].shape[0] - 1
     starts = query_start_loc.long()
     spans = starts[1:] - starts[:-1]
+    if num_drafts is None:
+        num_drafts = torch.where(spans == 0, 0, spans - 1)
+    elif num_drafts.shape[0] > requests:
+        num_drafts = num_drafts.diff() - 1
     counts = torch.where((first >= 0).any(), num_drafts.long(), 0)
     # With no drafts a span may be empty; with drafts a certain token must precede them.
     contradicted = (counts < 0) | ((counts > 0) & (counts >= spans))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nwor_compile.capture import CAPTURE_ERRORS, capture
 from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
@@ -413,25 +414,19 @@ class GraphValidator:
         sampled = torch.full((size, self.max_drafts + 1), -1, dtype=torch.int64, device=device)
         drafts = torch.zeros(rows, dtype=torch.int64, device=device)
         verdict = verdict_buffers(size, rows, device)
+
+        def compile_all() -> None:
+            _judge(tensors, sampled, drafts, None, None, verdict)
+            _settle(tensors, verdict)
+
         try:
-            # The first calls compile the kernels and must not be part of the graph. The draft
-            # counts are zero, so they move nothing.
-            tensors.drafts.zero_()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                _judge(tensors, sampled, drafts, None, None, verdict)
-                _settle(tensors, verdict)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                _settle(tensors, verdict)
+            tensors.drafts.zero_()  # so what runs below moves nothing
+            graph = capture(lambda: _settle(tensors, verdict), compile_all)
             captured = _Captured(graph, verdict, rows)
             if self.adaptive:
                 captured.faster = self._time(size, captured, sampled, drafts)
             self.graphs[size] = captured
-        except (RuntimeError, NotImplementedError) as error:
-            # torch raises plain RuntimeError for every capture failure; NWOR goes on without.
+        except CAPTURE_ERRORS as error:  # NWOR goes on without
             self._run_vectorised(f"capture failed: {error}")
         finally:
             torch.cuda.synchronize()

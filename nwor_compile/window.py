@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from nwor_compile.capture import CAPTURE_ERRORS, capture
 from nwor_compile.config import NworConfig
 from nwor_compile.debug import WindowLog
 from nwor_compile.errors import WindowInputError, WindowOrderError
 from nwor_compile.groups import Caches, build_batches, check_layers, check_sizes
 from nwor_compile.metrics import Metrics, read_metrics
+from nwor_compile.opening import Limits, Opening, Recorded, by_group, form_of, opening_of
 from nwor_compile.ops import counter_size
 from nwor_compile.ops.counters import COUNTERS
 from nwor_compile.ops.library import pick
@@ -137,6 +138,8 @@ class Window:
             self.tensors, max_drafts, adaptive=self.config.scv == "adaptive"
         )
         self._layer_names = tuple(name for batch in batches for name in batch.names)
+        self._limits = Limits(max_requests, max_tokens, self.groups, device, self.redirection)
+        self._recorded: dict[Hashable, Recorded] = {}
         self._log = WindowLog(enabled=self.config.debug)
         self._state = State.IDLE
         self._fake = False
@@ -193,13 +196,13 @@ class Window:
         seq_lens: Tensor | None = None,
         token_ids: Tensor | None = None,
         logit_starts: Tensor | None = None,
-        form: Hashable = None,
+        one_certain: bool = False,
     ) -> None:
         """Open a window for one forward pass. Enqueues device work only.
 
         Args:
             num_drafts: `[R]` integer on the device: drafts at the end of each request's span; 0
-                for prefill and plain decode. None where `logit_starts` says it.
+                for prefill and plain decode. None where one of the last two arguments says it.
             query_start_loc: `[R + 1]` integer on the device, first token of each request.
             slot_mapping: `[T]` integer on the device, slot of each token (-1: none), padding
                 included; with several slot groups, one a group name.
@@ -208,8 +211,7 @@ class Window:
             token_ids: `[>= T]` integer, the step's tokens: `commit` then needs no draft ids.
             logit_starts: `[R + 1]` integer on the device, the first logit of each request, which
                 has one more than it has drafts.
-            form: for callers in a hurry: where it equals that of the call before, the arguments
-                have the shapes, dtypes and devices of that call, and are not looked at again.
+            one_certain: the first token of each request is certain and all its others are drafts.
         Raises:
             WindowOrderError: a window is open, or this one was closed.
             WindowInputError: an argument does not fit; nothing changed.
@@ -217,30 +219,79 @@ class Window:
         raise the device-side error flag: the window stages nothing and accepts nothing.
         """
         self._expect(State.IDLE, "begin")
-        if num_drafts is not None and logit_starts is None:
-            name, counts = "num_drafts", num_drafts
-        elif logit_starts is not None and num_drafts is None:
-            name, counts = "logit_starts", logit_starts
-        else:
-            raise WindowInputError("begin: expected one of num_drafts and logit_starts")
-        if form is None:
-            form = (
-                name, _form(counts), _form(query_start_loc), _form(slot_mapping),
-                _form(block_table), _form(seq_lens), _form(token_ids),
-            )  # fmt: skip
-        slots = {"kv": slot_mapping} if isinstance(slot_mapping, Tensor) else slot_mapping
-        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        opening = opening_of(
+            num_drafts, query_start_loc, slot_mapping, block_table=block_table, seq_lens=seq_lens,
+            token_ids=token_ids, logit_starts=logit_starts, one_certain=one_certain,
+        )  # fmt: skip
+        form = opening.form
         if form != self._right_begin:
-            self._check_counts(name, counts, query_start_loc)
-            self._check_begin(query_start_loc, slots, tables, seq_lens, token_ids)
+            opening.check(self._limits)
             self._right_begin = form
-        self._knows_ids = token_ids is not None
-        self._fake = isinstance(counts, FakeTensor)
-        self._requests = query_start_loc.shape[0] - 1
+        self._fake = opening.fake
+        self._open(opening, opening.requests, lambda: self._route(opening))
+
+    def record_begin(self, name: Hashable, *args: Any, **kwargs: Any) -> None:
+        """Prepare `begin_recorded(name)`, which is a `begin` with these very arguments, whatever
+        the tensors hold by then; they must stay where they are. Replaces another one of that name.
+
+        On CUDA what a begin enqueues is captured as a graph; where that fails, or settings want
+        more in a begin than a graph can hold (poison, debug, mode `off`), it is enqueued each time.
+        Synchronises, and reads the tensors as they are: every slot and block number in them must be
+        one of the cache's. Counters are unchanged.
+
+        Raises as `begin`.
+        """
+        self._expect(State.IDLE, "record_begin")
+        opening = opening_of(*args, **kwargs)
+        opening.check(self._limits)
+        config, graph = self.config, None
+        plain = self.tensors.staging and config.poison == "off" and not config.debug
+        if plain and opening.starts.is_cuda:
+            kept = self.tensors.counters.clone()
+            try:
+                graph = capture(lambda: self._route(opening))
+            except CAPTURE_ERRORS as error:  # NWOR goes on without
+                log.warning("NWOR: %r begins without a graph: capture failed: %s", name, error)
+            finally:
+                self._drop()
+                self.tensors.counters.copy_(kept)
+        self._recorded[name] = Recorded(opening, graph)
+
+    def begin_recorded(self, name: Hashable, requests: int | None = None) -> None:
+        """`begin` as recorded under `name`. Enqueues device work only.
+
+        requests: how many the step has, if fewer than the tensors have room for; the others must be
+            empty spans at the end.
+
+        Raises WindowOrderError as `begin`, WindowInputError for an unknown name or a number of
+        requests that was not recorded.
+        """
+        self._expect(State.IDLE, "begin_recorded")
+        recorded = self._recorded.get(name)
+        if recorded is None:
+            raise WindowInputError(
+                f"begin_recorded: nothing is recorded as {name!r}, only {list(self._recorded)}: "
+                "call record_begin first"
+            )
+        opening, graph = recorded
+        most = opening.requests
+        if requests is not None and not 1 <= requests <= most:
+            raise WindowInputError(
+                f"begin_recorded: expected 1 to {most} requests, as recorded, got {requests}"
+            )
+        self._fake = False
+        if graph is None or torch.cuda.is_current_stream_capturing():  # graphs do not nest
+            self._open(opening, requests or most, lambda: self._route(opening))
+        else:
+            self._open(opening, requests or most, graph.replay)
+
+    def _open(self, opening: Opening, requests: int, run: Callable[[], None]) -> None:
+        self._knows_ids = opening.ids is not None
+        self._requests = requests
         if not self._fake:
             try:
                 with span("nwor.begin"):
-                    self._route(counts, query_start_loc, slots, tables, seq_lens, token_ids)
+                    run()
             except BaseException:
                 # Half a window would stage the rows of the next forward pass, and lose them.
                 self._drop()
@@ -263,7 +314,10 @@ class Window:
         window, request after request, possibly padded; None where `begin` was given the token ids.
         With `num_rejected` `[R]` too, the result has both counts as the committed rows allow them.
         Ids of a wrong shape, dtype or device are logged, accept nothing and count a fallback. The
-        result is valid until the next `begin`. `form` as for `begin`.
+        result is valid until the next `begin`.
+
+        form: for callers in a hurry: where it equals that of the call before, the arguments have
+        the shapes, dtypes and devices of that call, and are not looked at again.
 
         Raises WindowOrderError if no window is open.
         """
@@ -289,8 +343,7 @@ class Window:
         self._expect(State.IDLE, "pass_through")
         if self.redirection is None:
             raise WindowInputError("pass_through: this window has no tail blocks")
-        form = _form(block_table)
-        tables = {"kv": block_table} if isinstance(block_table, Tensor) else block_table
+        form, tables = form_of(block_table), by_group(block_table)
         if form != self._right_pass:
             self.redirection.check(tables)
             self._right_pass = form
@@ -405,6 +458,7 @@ class Window:
         self._registered.clear()
         self._direct.clear()
         self._layers.clear()
+        self._recorded.clear()
         self._state = State.CLOSED
 
     def _begin_plan(self, slots: list[Tensor]) -> BeginPlan:
@@ -463,90 +517,20 @@ class Window:
         }[self._state]
         raise WindowOrderError(f"{call}: {advice}")
 
-    def _check_counts(self, name: str, counts: Tensor, query_start_loc: Tensor) -> None:
-        more = int(name == "logit_starts")
-        requests = counts.shape[0] - more if counts.dim() == 1 else -1
-        if not 1 <= requests <= self.max_requests:
-            raise WindowInputError(
-                f"{name}: expected shape [{1 + more} to {self.max_requests + more}] (max_requests"
-                f"{' and one' if more else ''}), got {list(counts.shape)}"
-            )
-        if list(query_start_loc.shape) != [requests + 1]:
-            raise WindowInputError(
-                f"query_start_loc: expected shape [{requests + 1}], got "
-                f"{list(query_start_loc.shape)}"
-            )
-        self._check_integer(name, counts)
-
-    def _check_begin(
-        self,
-        query_start_loc: Tensor,
-        slots: Mapping[str, Tensor],
-        tables: Mapping[str, Tensor] | None,
-        seq_lens: Tensor | None,
-        token_ids: Tensor | None,
-    ) -> None:
-        names = list(self.groups)
-        if set(slots) != set(names):
-            raise WindowInputError(
-                f"slot_mapping: expected one for each of {names}, got {list(slots)}"
-            )
-        checked = {"query_start_loc": query_start_loc}
-        checked.update({f"slot_mapping[{name}]": slots[name] for name in names})
-        for name, tensor in checked.items():
-            self._check_integer(name, tensor)
-        for name in names:
-            if slots[name].dim() != 1 or slots[name].shape[0] > self.max_tokens:
-                raise WindowInputError(
-                    f"slot_mapping[{name}]: expected [at most {self.max_tokens}] (max_tokens), got "
-                    f"{list(slots[name].shape)}"
-                )
-        if self.redirection is not None:
-            requests = query_start_loc.shape[0] - 1
-            self.redirection.check(tables, requests)
-            if seq_lens is None or list(seq_lens.shape) != [requests]:
-                raise WindowInputError(
-                    f"seq_lens: a window with tail blocks needs the lengths [{requests}], got "
-                    f"{None if seq_lens is None else list(seq_lens.shape)}"
-                )
-        tokens = max(mapping.shape[0] for mapping in slots.values())
-        if token_ids is not None and (token_ids.dim() != 1 or token_ids.shape[0] < tokens):
-            raise WindowInputError(
-                f"token_ids: expected [at least {tokens}] (one a slot), got {list(token_ids.shape)}"
-            )
-        for name, given in (("seq_lens", seq_lens), ("token_ids", token_ids)):
-            if given is not None:
-                self._check_integer(name, given)
-
-    def _check_integer(self, name: str, tensor: Tensor) -> None:
-        device = self.tensors.error.device
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.device != device:
-            raise WindowInputError(
-                f"{name}: expected int32 or int64 on {device}, got {tensor.dtype} on "
-                f"{tensor.device}"
-            )
-
-    def _route(
-        self,
-        num_drafts: Tensor,
-        query_start_loc: Tensor,
-        slots: Mapping[str, Tensor],
-        tables: Mapping[str, Tensor] | None,
-        seq_lens: Tensor | None,
-        token_ids: Tensor | None,
-    ) -> None:
+    def _route(self, opening: Opening) -> None:
         tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
         pick(BEGIN, tensors.error.device)(
-            self.opening, num_drafts, query_start_loc, [slots[group] for group in self.groups],
-            seq_lens, token_ids,
+            self.opening, opening.counts, opening.starts,
+            [opening.slots[group] for group in self.groups], opening.lengths, opening.ids,
         )  # fmt: skip
         if not tensors.staging:  # every row is certain, those that would be drafts too
             tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
             clear(routing)
         # By the routing that holds now: in mode `off` there are no drafts to lead to.
-        if self.redirection is not None and tables is not None and seq_lens is not None:
-            self.redirection.redirect(tables, seq_lens, query_start_loc)
+        tables, lengths = opening.tables, opening.lengths
+        if self.redirection is not None and tables is not None and lengths is not None:
+            self.redirection.redirect(tables, lengths, opening.starts)
         if self.config.poison != "off":
             poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
         self._log.begun(tensors, self._requests)
@@ -567,7 +551,8 @@ class Window:
     ) -> Committed:
         if form is None:
             form = (
-                _form(sampled_ids), _form(draft_ids), _form(num_sampled), _form(num_rejected)
+                form_of(sampled_ids), form_of(draft_ids), form_of(num_sampled),
+                form_of(num_rejected),
             )  # fmt: skip
         form = self._requests, self._knows_ids, form
         if form != self._right_commit:
@@ -670,15 +655,3 @@ class Window:
         clear(self.tensors.routing)
         if self.redirection is not None:
             self.redirection.forget()
-
-
-_MAPPINGS = (dict, Mapping)  # the first is found much faster
-
-
-def _form(argument: object) -> tuple[object, ...]:
-    """All that the checks of an argument look at: equal forms are right or wrong together."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
-    if isinstance(argument, _MAPPINGS):
-        return tuple([(name, _form(value)) for name, value in argument.items()])
-    return (type(argument),)

@@ -24,7 +24,7 @@ TAIL = TailRows(block_size=16, rows=32)
 class Case:
     """Counts, starts, slot mappings, lengths and ids of a step."""
 
-    counts: Tensor
+    counts: Tensor | None
     starts: Tensor
     mappings: list[Tensor]
     lengths: Tensor
@@ -137,6 +137,7 @@ def test_more_requests_than_the_widest_lane(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_int64_counts_and_strided_inputs() -> None:
     case = CASES["spans of all lengths"]
+    assert case.counts is not None
     wide = torch.stack((case.counts, case.counts), 1).long()[:, 1]
     longer = torch.stack((case.starts, case.starts), 1).long()[:, 0]
     other = Case(
@@ -152,6 +153,7 @@ def test_int64_counts_and_strided_inputs() -> None:
 @pytest.mark.parametrize("tail", [None, TAIL], ids=["rows", "tail blocks"])
 def test_logit_starts_say_what_counts_say(tail: TailRows | None) -> None:
     case = CASES["spans of all lengths"]
+    assert case.counts is not None
     starts = torch.cat([case.counts.new_zeros(1), (case.counts + 1).cumsum(0)]).to(torch.int32)
     other = replace(case, counts=starts)
     want = run(begin_rows, case, 400, 100, 600, tail)
@@ -159,6 +161,22 @@ def test_logit_starts_say_what_counts_say(tail: TailRows | None) -> None:
         have = run(begin, other, 400, 100, 600, tail)
         for what, tensor in want.items():
             torch.testing.assert_close(have[what], tensor, check_dtype=False, msg=what)
+
+
+@pytest.mark.parametrize("tail", [None, TAIL], ids=["rows", "tail blocks"])
+@pytest.mark.parametrize("name", [*CASES, "a span that runs backwards"])
+def test_spans_say_what_counts_of_all_but_one_say(name: str, tail: TailRows | None) -> None:
+    case = CASES.get(name) or step([4, 2, 1], [5, 3, 2])
+    if name not in CASES:
+        case.starts[1] = 9
+    spans = case.starts.diff()
+    counted = replace(case, counts=torch.where(spans == 0, 0, spans - 1))
+    sizes = 12 if name == "more rows than staging" else 900, 100, 600, tail
+    want = run(begin_rows, counted, *sizes)
+    for begin in (begin_rows, kernel.begin_rows):
+        have = run(begin, replace(case, counts=None), *sizes)
+        for what, tensor in want.items():
+            torch.testing.assert_close(have[what].cpu(), tensor.cpu(), check_dtype=False, msg=what)
 
 
 def test_tail_rows_have_the_place_in_the_block_that_the_cache_will_give_them() -> None:

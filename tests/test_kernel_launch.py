@@ -243,13 +243,14 @@ def step(r: Rig, form: dict[str, Any], tail: bool) -> None:
         if form["strided"]:
             more["block_table"] = torch.cat([batch.block_table] * 2, 1)[:, ::2]
     counts = like(batch.num_drafts)
-    if form["logits"]:
+    if form["by"] == "logits":
         more["logit_starts"] = like(torch.nn.functional.pad((counts + 1).cumsum(0), (1, 0)))
     if form["ids"]:
         more["token_ids"] = like(torch.zeros_like(batch.slot_mapping))
+    more["one_certain"] = form["by"] == "span"
     r.window.begin(
-        None if form["logits"] else counts, like(batch.query_start_loc), like(batch.slot_mapping),
-        **more,
+        counts if form["by"] == "count" else None, like(batch.query_start_loc),
+        like(batch.slot_mapping), **more,
     )  # fmt: skip
     said = like(sampling.num_sampled) if sampling.num_sampled is not None else None
     r.window.commit(
@@ -293,7 +294,7 @@ def test_launches_of_one_key_are_one_kernel_to_triton(
     monkeypatch.setattr(GraphValidator, "__call__", judge_alone)
     choices = {
         "dtype": (torch.int32, torch.int64), "strided": (False, True), "aligned": (True, False),
-        "logits": (False, True), "ids": (False, True), "counted": (False, True),
+        "by": ("count", "logits", "span"), "ids": (False, True), "counted": (False, True),
     }  # fmt: skip
     forms = [dict(zip(choices, form, strict=True)) for form in product(*choices.values())]
     with implementation("triton"), rig(tail=tail, max_requests=20) as r:

@@ -60,22 +60,6 @@ def test_a_window_is_idle_then_open_then_idle_then_closed() -> None:
     assert r.window.state is State.CLOSED
 
 
-def test_arguments_of_a_given_form_are_looked_at_once() -> None:
-    """The caller says that they are alike; without a form every call is looked at."""
-    with rig() as r:
-        wrong = r.batch.num_drafts.float()
-        for form in ("a", "b"):
-            with pytest.raises(WindowInputError, match="num_drafts"):
-                r.begin(num_drafts=wrong, form=form)
-            for _ in range(2):
-                r.begin(form=form)
-                r.window.abort()
-            r.begin(num_drafts=wrong, form=form)
-            r.window.abort()
-        with pytest.raises(WindowInputError, match="num_drafts"):
-            r.begin(num_drafts=wrong)
-
-
 def test_results_of_a_given_form_are_looked_at_once() -> None:
     with rig() as r:
         sampling = r.sampling(SOME)
@@ -165,8 +149,11 @@ def test_warm_up_refuses_sizes_that_no_window_can_have(size: int) -> None:
         ({"num_drafts": torch.zeros(2, 3, dtype=torch.int32)}, r"num_drafts: .*\[1 to 6\]"),
         ({"query_start_loc": torch.zeros(6, dtype=torch.int32)}, r"query_start_loc: .*\[7\]"),
         ({"query_start_loc": torch.zeros(7)}, "query_start_loc: expected int32 or int64"),
-        ({"num_drafts": None}, "one of num_drafts and logit_starts"),
-        ({"logit_starts": torch.zeros(7, dtype=torch.int32)}, "one of num_drafts and logit_starts"),
+        ({"num_drafts": None}, "one of num_drafts, logit_starts and one_certain"),
+        (
+            {"logit_starts": torch.zeros(7, dtype=torch.int32)},
+            "one of num_drafts, logit_starts and one_certain",
+        ),
         (
             {"num_drafts": None, "logit_starts": torch.zeros(8, dtype=torch.int32)},
             r"logit_starts: .*\[2 to 7\]",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,6 @@ class _Step:
 
     def __init__(self, requests: int) -> None:
         self.batch = Batch(Point(requests, CONTEXT, span=DRAFTS + 1))
-        self.slots, self.tables = {"kv": self.batch.slots}, {"kv": self.batch.table}
         self.window = self.batch.window
         self.window.abort()
         self.window.warm_up([requests])
@@ -45,7 +45,14 @@ class _Step:
         ids = self.token_ids.view(requests, DRAFTS + 1)[:, 1:]
         self.draft_ids = ids.flatten()
         # Every token of a span has a logit here.
-        self.logit_starts = self.batch.starts.clone()
+        logit_starts = self.batch.starts.clone()
+        self.opening: dict[str, Any] = {
+            "num_drafts": None, "query_start_loc": self.batch.starts,
+            "slot_mapping": {"kv": self.batch.slots}, "block_table": {"kv": self.batch.table},
+            "seq_lens": self.batch.lengths, "token_ids": self.token_ids,
+            "logit_starts": logit_starts,
+        }  # fmt: skip
+        self.window.record_begin("step", **self.opening)
         self.ends = self.batch.starts[1:] // (DRAFTS + 1) * DRAFTS
         taken = DRAFTS // 2
         self.sampled = torch.full((requests, DRAFTS + 1), -1, device="cuda")
@@ -61,12 +68,12 @@ class _Step:
         self.window.tensors.state.zero_()
 
     def begin(self) -> None:
-        """Open a window, as the adapter of vLLM's V2 runner does: of arguments that it knows."""
-        batch = self.batch
-        self.window.begin(
-            None, batch.starts, self.slots, block_table=self.tables, seq_lens=batch.lengths,
-            token_ids=self.token_ids, logit_starts=self.logit_starts, form=batch.tokens,
-        )  # fmt: skip
+        """Open a window, as the adapter of vLLM's V2 runner does in a step of drafts alone."""
+        self.window.begin_recorded("step")
+
+    def begin_anew(self) -> None:
+        """The same, of tensors that were not seen before."""
+        self.window.begin(**self.opening)
 
     def begin_plainly(self) -> None:
         """Open a window by draft counts, without the tokens."""
@@ -134,7 +141,8 @@ def measure(requests: int, *, seconds: float, replays: int) -> Measured:
         device = compare(runs, dict.fromkeys(runs, STEPS), seconds=seconds, replays=replays)
         host = {
             "commit_kv": _host(lambda: None, step.op),
-            "Window.begin": _host(step.abort, step.begin),
+            "Window.begin_recorded": _host(step.abort, step.begin),
+            "Window.begin": _host(step.abort, step.begin_anew),
             "Window.begin, counts": _host(step.abort, step.begin_plainly),
         }
         step.abort()

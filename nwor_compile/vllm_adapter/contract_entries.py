@@ -25,6 +25,8 @@ CPU_BACKEND = "v1/attention/backends/cpu_attn.py"
 FLASH_BACKEND = "v1/attention/backends/flash_attn.py"
 V2_RUNNER = "v1/worker/gpu/model_runner.py"
 V2_GRAPHS = "v1/worker/gpu/cudagraph_utils.py"
+V2_INPUT_BATCH = "v1/worker/gpu/input_batch.py"
+V2_BLOCK_TABLE = "v1/worker/gpu/block_table.py"
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
 REGISTRY = "v1/attention/backends/registry.py"
 COMPILATION = "config/compilation.py"
@@ -277,9 +279,31 @@ CUDA: tuple[Entry, ...] = (
     Function(GPU_WORKER, "Worker.determine_available_memory", ("self",), until=CUDA_END),
     Function(V2_RUNNER, "GPUModelRunner.get_kv_cache_spec", ("self",), until=CUDA_END),
     Function(RUNNER, "GPUModelRunner.get_kv_cache_spec", ("self",), until=CUDA_END),
-    Attributes(V2_RUNNER, "GPUModelRunner", ("block_tables", "kernel_block_sizes"), until=CUDA_END),
     Attributes(
-        "v1/worker/gpu/block_table.py", "BlockTables", ("input_block_tables",), until=CUDA_END
+        V2_RUNNER, "GPUModelRunner", ("block_tables", "input_buffers", "kernel_block_sizes"),
+        until=CUDA_END,
+    ),
+    # device_runner.py: openings are recorded over these, padded as they are behind a step's part.
+    Attributes(
+        V2_BLOCK_TABLE, "BlockTables", ("input_block_tables", "slot_mappings"), until=CUDA_END
+    ),
+    Attributes(
+        V2_INPUT_BATCH, "InputBuffers", ("query_start_loc", "seq_lens", "input_ids"),
+        until=CUDA_END,
+    ),
+    Text(
+        V2_RUNNER, "GPUModelRunner.prepare_inputs",
+        "async_copy_to_gpu(query_start_loc_np, out=self.input_buffers.query_start_loc)",
+        until=CUDA_END,
+    ),
+    Text(
+        V2_INPUT_BATCH, "_prepare_pos_seq_lens_kernel",
+        "tl.store(seq_lens_ptr + block, 0, mask=mask)", until=CUDA_END,
+    ),
+    Text(
+        V2_BLOCK_TABLE, "_compute_slot_mappings_kernel",
+        "tl.store(slot_mapping_ptr + offset, PAD_ID, mask=offset < max_num_tokens)",
+        until=CUDA_END,
     ),
     Function(GPU_WORKER, "Worker.init_device", ("self",), until=CUDA_END),
     Function(GPU_WORKER, "Worker.load_model", ("self",), until=CUDA_END),
@@ -313,7 +337,7 @@ CUDA: tuple[Entry, ...] = (
         V2_GRAPHS, "BatchExecutionDescriptor", ("num_tokens", "num_reqs"), until=CUDA_END
     ),
     Names(
-        "v1/worker/gpu/input_batch.py", "InputBatch", ("seq_lens_cpu_upper_bound",),
+        V2_INPUT_BATCH, "InputBatch", ("seq_lens_cpu_upper_bound",),
         until=CUDA_END,
     ),
     Text(
@@ -327,10 +351,10 @@ CUDA: tuple[Entry, ...] = (
         V2_SPECULATOR, "DraftModelSpeculator", ("draft_attn_layer_names",), until=CUDA_END
     ),
     Names(
-        "v1/worker/gpu/input_batch.py", "InputBatch",
+        V2_INPUT_BATCH, "InputBatch",
         (
             "num_draft_tokens", "cu_num_logits", "query_start_loc", "seq_lens", "input_ids",
-            "num_reqs", "num_reqs_after_padding", "num_tokens_after_padding",
+            "num_reqs", "num_reqs_after_padding", "num_tokens",
         ),
         until=CUDA_END,
     ),

@@ -14,13 +14,12 @@ Methods of the runner instance that are wrapped, with what each is needed for:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nwor_compile.config import NworConfig
 from nwor_compile.vllm_adapter import patches
 from nwor_compile.vllm_adapter.runner import RunnerHooks, abort_unsampled
 from nwor_compile.window import State, Window
@@ -28,33 +27,11 @@ from nwor_compile.window import State, Window
 log = logging.getLogger("nwor_compile")
 
 
-MOST_FORMS = 256  # of steps, whose arguments are kept
-
-
-class _StepArguments(NamedTuple):
-    """What `Window.begin` is given in a step, but for the counts. places: where it lies."""
-
-    places: tuple[int, ...]
-    starts: Tensor
-    slots: dict[str, Tensor]
-    tables: dict[str, Tensor]
-    lengths: Tensor
-    ids: Tensor
-
-
 class DeviceRunnerHooks(RunnerHooks):
     """`RunnerHooks` for vLLM's V2 model runner."""
 
     HOOKED = ("initialize_kv_cache", "prepare_attn", "execute_model", "sample")
-
-    def __init__(self, runner: Any, config: Any, settings: NworConfig) -> None:
-        self._arguments: dict[tuple[int, ...], _StepArguments] = {}
-        super().__init__(runner, config, settings)
-
-    def close(self) -> None:
-        """As on V1."""
-        self._arguments.clear()
-        super().close()
+    _places: tuple[int, ...] = ()
 
     def _attach(self) -> None:
         speculator = getattr(self.runner, "speculator", None)
@@ -96,6 +73,41 @@ class DeviceRunnerHooks(RunnerHooks):
             window.pass_through({name: result[0][int(name)] for name in window.groups})
         return result
 
+    def warm_up(self) -> None:
+        """As on V1; and record how windows open over the buffers in which vLLM keeps each step's
+        tensors, because its graphs record where they lie."""
+        super().warm_up()
+        window = self.window
+        if window is None:
+            return
+        for requests in window.sizes:
+            window.record_begin(requests, None, **self._kept_step(window, requests))
+        self._places = self._places_of(self.runner.input_buffers, *self._kept_attention())
+
+    def _kept_attention(self) -> tuple[list[Tensor], Tensor]:
+        tables = self.runner.block_tables
+        return tables.input_block_tables, tables.slot_mappings
+
+    def _kept_step(self, window: Window, requests: int) -> dict[str, Any]:
+        """Arguments of a begin: what vLLM keeps for a step of so many requests. What it does not
+        use of a buffer in a step, it fills: empty spans, no tokens, no slots."""
+        buffers = self.runner.input_buffers
+        tables, slots = self._kept_attention()
+        tokens = requests * (1 + window.max_drafts)
+        return {
+            "one_certain": True,
+            "query_start_loc": buffers.query_start_loc[: requests + 1],
+            "slot_mapping": {name: slots[int(name)][:tokens] for name in window.groups},
+            "block_table": {name: tables[int(name)][:requests] for name in window.groups},
+            "seq_lens": buffers.seq_lens[:requests],
+            "token_ids": buffers.input_ids,
+        }
+
+    def _places_of(self, step: Any, tables: Sequence[Tensor], slots: Tensor) -> tuple[int, ...]:
+        """Where a step's tensors begin. step: vLLM's buffers, or a batch of views of them."""
+        tensors = (step.query_start_loc, step.seq_lens, step.input_ids, slots, *tables)
+        return tuple([tensor.data_ptr() for tensor in tensors])
+
     def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
         step = super()._empty_step(window, requests)
         step["logit_starts"] = step["query_start_loc"].clone()
@@ -103,38 +115,25 @@ class DeviceRunnerHooks(RunnerHooks):
         return {**step, "num_drafts": None}
 
     def _begin_step(
-        self, window: Window, input_batch: Any, tables: tuple[Tensor, ...], slot_mappings: Tensor
+        self, window: Window, batch: Any, tables: tuple[Tensor, ...], slots: Tensor
     ) -> None:
-        # All but the counts lies in buffers that vLLM keeps, because its graphs record where; each
-        # step brings new views of them, as large as these numbers say. To make views of views and
-        # look at them all takes longer than the launches, and small models wait for it.
-        form = (
-            input_batch.num_reqs, input_batch.num_reqs_after_padding,
-            input_batch.num_tokens_after_padding,
-        )  # fmt: skip
-        starts, lengths, ids = (
-            input_batch.query_start_loc,
-            input_batch.seq_lens,
-            input_batch.input_ids,
-        )
-        places = tuple([each.data_ptr() for each in (starts, lengths, ids, slot_mappings, *tables)])
-        step = self._arguments.get(form)
-        if step is None or step.places != places:
-            if len(self._arguments) >= MOST_FORMS:
-                self._arguments.clear()
-            requests, names = input_batch.num_reqs, window.groups
-            step = self._arguments[form] = _StepArguments(
-                places,
-                starts[: requests + 1],
-                {name: slot_mappings[int(name)] for name in names},
-                {name: tables[int(name)] for name in names},
-                lengths[:requests],
-                ids,
-            )
+        # Known on the host: whether every request has its drafts and one token more.
+        one_certain = batch.num_draft_tokens + batch.num_reqs == batch.num_tokens
+        if one_certain and self._places_of(batch, tables, slots) == self._places:
+            # Graphs are there for powers of two; attention of a padded step reads padded tables.
+            size = 1 << (batch.num_reqs_after_padding - 1).bit_length()
+            window.begin_recorded(min(size, window.max_requests), batch.num_reqs)
+            return
+        requests = batch.num_reqs
         window.begin(
-            None, step.starts, step.slots, block_table=step.tables, seq_lens=step.lengths,
-            token_ids=step.ids, logit_starts=input_batch.cu_num_logits, form=form,
-        )  # fmt: skip
+            None,
+            batch.query_start_loc[: requests + 1],
+            {name: slots[int(name)] for name in window.groups},
+            block_table={name: tables[int(name)] for name in window.groups},
+            seq_lens=batch.seq_lens[:requests],
+            token_ids=batch.input_ids,
+            logit_starts=batch.cu_num_logits,
+        )
 
     def _execute_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

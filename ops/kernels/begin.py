@@ -23,6 +23,10 @@ _CERTAIN = tl.constexpr(COUNTERS["certain"])
 _BAD = tl.constexpr(BAD_COUNTS)
 _OVERFLOW = tl.constexpr(OVERFLOW)
 
+# What is known of the draft counts: themselves, the first logit of each request, or its span alone.
+BY_COUNT, BY_LOGITS, BY_SPAN = range(3)
+_BY_LOGITS, _BY_SPAN = tl.constexpr(BY_LOGITS), tl.constexpr(BY_SPAN)
+
 
 @triton.jit
 def _any_slot(slot_mapping, s_slot, tokens, BLOCK: tl.constexpr):
@@ -48,24 +52,28 @@ def _begin_kernel(
     num_drafts, query_start_loc, seq_lens, slot_mapping, token_ids,
     s_drafts, s_start, s_length, s_slot, s_id,
     tokens, requests,
-    R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, LOGITS: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, FIRST: tl.constexpr, COUNTS: tl.constexpr,
     TAIL_BLOCK: tl.constexpr, TAIL_ROWS: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
     """Program i routes request i, the last one fills; without FIRST they only copy slots.
 
-    LOGITS: `num_drafts` is the first logit of each request. TAIL_BLOCK: 0, or the block size of the
+    COUNTS: what `num_drafts` is, one of the numbers below. TAIL_BLOCK: 0, or the block size of the
     tail blocks, TAIL_ROWS of whose rows a request has.
     """
     r = tl.arange(0, R)
     real = r < requests
     has_slots = _any_slot(slot_mapping, s_slot, tokens, 1024)
-    count = tl.load(num_drafts + r * s_drafts, mask=real, other=0).to(tl.int32)
-    if LOGITS:
-        after = tl.load(num_drafts + (r + 1) * s_drafts, mask=real, other=0).to(tl.int32)
-        count = tl.where(real, after - count - 1, 0)
-    count = count * has_slots
     start = tl.load(query_start_loc + r * s_start, mask=real, other=0).to(tl.int32)
     end = tl.load(query_start_loc + (r + 1) * s_start, mask=real, other=0).to(tl.int32)
+    if COUNTS == _BY_SPAN:
+        # An empty span has none. One that runs backwards is left to be a bad count.
+        count = tl.where(end == start, 0, end - start - 1)
+    else:
+        count = tl.load(num_drafts + r * s_drafts, mask=real, other=0).to(tl.int32)
+        if COUNTS == _BY_LOGITS:
+            after = tl.load(num_drafts + (r + 1) * s_drafts, mask=real, other=0).to(tl.int32)
+            count = tl.where(real, after - count - 1, 0)
+    count = count * has_slots
     # With no drafts a span may be empty; with drafts a certain token must precede them.
     contradicted = (count < 0) | ((count > 0) & (count >= end - start))
     place = tl.zeros([R], tl.int32)
@@ -174,7 +182,7 @@ def begin_launches(plan: Any) -> list[KeptLaunch]:
 
 def begin_rows(
     plan: Any,
-    num_drafts: Tensor,
+    num_drafts: Tensor | None,
     query_start_loc: Tensor,
     slot_mappings: list[Tensor],
     seq_lens: Tensor | None = None,
@@ -188,19 +196,20 @@ def begin_rows(
     lanes = _lanes(requests)
     ids = token_ids if plan.kept.draft_ids is not None else None
     block, rows = plan.tail if plan.tail is not None else (0, 0)
-    logits = int(num_drafts.shape[0] > requests)
-    first = 1
+    known, s_drafts, first = BY_SPAN, 0, 1
+    if num_drafts is not None:
+        known = BY_LOGITS if num_drafts.shape[0] > requests else BY_COUNT
+        s_drafts = num_drafts.stride(0)
     for launch, mapping in zip(plan.launches, slot_mappings, strict=True):
         launch(
             requests + 1,
             (num_drafts, query_start_loc, seq_lens, mapping, ids),
             (
-                *num_drafts.stride(), *query_start_loc.stride(),
-                0 if seq_lens is None else seq_lens.stride(0), *mapping.stride(),
-                0 if ids is None else ids.stride(0),
+                s_drafts, *query_start_loc.stride(), 0 if seq_lens is None else seq_lens.stride(0),
+                *mapping.stride(), 0 if ids is None else ids.stride(0),
             ),
             (mapping.shape[0], requests),
-            (lanes, _TOKENS, first, logits, block, rows, int(ids is not None)),
+            (lanes, _TOKENS, first, known, block, rows, int(ids is not None)),
         )  # fmt: skip
         first = 0
 

@@ -59,8 +59,15 @@ class Runner:
         self.context = context
         self.speculator = Speculator(context)
         self.kernel_block_sizes = [BLOCK]
-        tables = [torch.zeros(4, 3, dtype=torch.int32)]
-        self.block_tables = SimpleNamespace(input_block_tables=tables)
+        self.block_tables = SimpleNamespace(
+            input_block_tables=[torch.zeros(4, 3, dtype=torch.int32)],
+            slot_mappings=torch.full((1, 32), -1),
+        )
+        self.input_buffers = SimpleNamespace(
+            query_start_loc=torch.zeros(5, dtype=torch.int32),
+            seq_lens=torch.zeros(4, dtype=torch.int32),
+            input_ids=torch.zeros(32, dtype=torch.int32),
+        )
         self.fail = ""
         self.prepared: Any = None
         # 7 is accepted, 9 is the correction of 8; the prefill samples nothing. What lies past the
@@ -96,6 +103,7 @@ def batch(drafts: int = 2) -> Any:
     return SimpleNamespace(
         num_reqs=2,
         num_reqs_after_padding=3,
+        num_tokens=6,
         num_tokens_after_padding=8,
         num_draft_tokens=drafts,
         cu_num_logits=torch.tensor(ends, dtype=torch.int32),
@@ -200,46 +208,89 @@ def test_the_counts_stay_when_the_next_commit_overwrites_the_windows(
     assert (sampled.tolist(), rejected.tolist()) == ([2, 0], [1, 0])
 
 
-def test_steps_of_one_form_are_given_the_views_of_the_first_until_they_lie_elsewhere(
+def at_home(runner: Runner, *, full: bool = True) -> Any:
+    """Two requests, as a step of vLLM's: views of the runner's buffers. 1 + 2 drafts at slots 3 to
+    5, and 1 + 1 at 16 and 17; unless `full`, the second has two tokens and no draft."""
+    buffers, tables = runner.input_buffers, runner.block_tables
+    buffers.query_start_loc[:] = torch.tensor([0, 3, 5, 5, 5])
+    buffers.seq_lens[:] = torch.tensor([6, 2, 0, 0])
+    buffers.input_ids[:5] = torch.tensor([5, 7, 8, 20, 21])
+    tables.input_block_tables[0][:3] = TABLE
+    tables.slot_mappings[0, :5] = torch.tensor([3, 4, 5, 16, 17])
+    runner.prepared = (tables.input_block_tables[0][:3],), tables.slot_mappings[:, :8]
+    runner.sampled = torch.tensor([[7, 9, 1234], [21, 66, 77] if full else [66, 77, 88]])
+    runner.num_sampled = torch.tensor([2, 2 if full else 1], dtype=torch.int32)
+    runner.num_rejected = torch.tensor([1, 0], dtype=torch.int32)
+    return SimpleNamespace(
+        num_reqs=2,
+        num_reqs_after_padding=3,
+        num_tokens=5,
+        num_tokens_after_padding=8,
+        num_draft_tokens=3 if full else 2,
+        cu_num_logits=torch.tensor([0, 3, 5 if full else 4], dtype=torch.int32),
+        query_start_loc=buffers.query_start_loc[:4],
+        seq_lens=buffers.seq_lens[:3],
+        input_ids=buffers.input_ids[:8],
+    )
+
+
+def run_at_home(rig: Any, made: Any) -> Any:
+    rig.runner.execute_model(made)
+    rows = torch.arange(1.0, 6)[:, None, None].expand(5, HEADS, SIZE)
+    for name in MODEL:
+        packed = rig.context[name].kv_cache.permute(0, 2, 1, 3)
+        staging = rig.hooks.window.layers[name]
+        stage_kv(
+            rows, rows, packed[..., :SIZE], packed[..., SIZE:], staging.key, staging.value,
+            staging.state, rig.runner.block_tables.slot_mappings[0, :5],
+            staging.routing.row_map[:5],
+        )  # fmt: skip
+    return rig.runner.sample("hidden", made, None)
+
+
+def test_a_step_of_decodes_opens_as_recorded_over_the_runners_buffers(
     rig: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, given = rig.hooks.window.begin, []
+    rig.hooks.warm_up()
+    window = rig.hooks.window
+    opened: list[Any] = []
+    assert not window.tensors.counters.any()
+    recorded, anew = window.begin_recorded, window.begin
 
-    def noted(counts: Any, starts: Any, slots: Any, **more: Any) -> None:
-        given.append({"query_start_loc": starts, "slot_mapping": slots, **more})
-        begin(counts, starts, slots, **more)
+    def repeat(name: int, requests: int) -> None:
+        opened.append((name, requests))
+        recorded(name, requests)
 
-    monkeypatch.setattr(rig.hooks.window, "begin", noted)
-    slots = torch.tensor([[3, 4, 5, 16, 17, 18, -1, -1]])
-    rig.runner.prepared = (TABLE,), slots
-    buffers = batch()
-    views = "query_start_loc", "seq_lens", "input_ids"
+    def begin(*given: Any, **more: Any) -> None:
+        opened.append("anew")
+        anew(*given, **more)
 
-    def step(**changed: Any) -> dict[str, Any]:
-        """Of new views of the same buffers, as vLLM makes them, but for what has changed."""
-        made = batch()
-        for name in views:
-            setattr(made, name, getattr(buffers, name)[:])
-        vars(made).update(changed)
-        rig.runner.execute_model(made)
-        write(rig)
-        rig.runner.sample("hidden", made, None)
-        return given[-1]
-
-    first, second = step(), step()
-    assert second.pop("form") == first["form"]
-    assert second.pop("logit_starts") is not first["logit_starts"]
-    assert all(second[name] is first[name] for name in second)
-    assert len(second) == 5
-    for name in views:
-        moved = step(**{name: getattr(buffers, name).clone()})
-        assert moved["slot_mapping"] is not given[-2]["slot_mapping"]
-    fewer = step(num_tokens_after_padding=7)
-    assert fewer["form"] != first["form"]
+    monkeypatch.setattr(window, "begin_recorded", repeat)
+    monkeypatch.setattr(window, "begin", begin)
+    full = at_home(rig.runner)
+    _, sampled, rejected = run_at_home(rig, full)
+    assert opened == [(4, 2)]  # three padded requests: the graph of four
+    assert held(rig) == [[1, 2, 0, 4, 5, 0]] * 2
+    assert (sampled.tolist(), rejected.tolist()) == ([2, 2], [1, 0])
     assert rig.hooks.metrics()["nwor_error_windows"] == 0
-    assert rig.hooks.metrics()["nwor_total_committed"] == len(given)
-    rig.hooks.close()
-    assert rig.hooks._arguments == {}
+
+    # A second token without a draft, and tensors elsewhere: as ever.
+    _, sampled, _ = run_at_home(rig, at_home(rig.runner, full=False))
+    assert opened.pop() == "anew"
+    assert sampled.tolist() == [2, 1]
+    moved = at_home(rig.runner)
+    moved.seq_lens = moved.seq_lens.clone()
+    _, sampled, _ = run_at_home(rig, moved)
+    assert opened == [(4, 2), "anew"]
+    assert sampled.tolist() == [2, 2]
+    assert rig.hooks.metrics()["nwor_total_committed"] == 2 + 1 + 2
+    assert rig.hooks.metrics()["nwor_error_windows"] == 0
+
+
+def test_a_step_before_warm_up_opens_anew(rig: Any) -> None:
+    _, sampled, _ = run_at_home(rig, at_home(rig.runner))
+    assert sampled.tolist() == [2, 2]
+    assert held(rig) == [[1, 2, 0, 4, 5, 0]] * 2
 
 
 def test_staged_rows_lie_in_tail_blocks_and_the_redirected_table_leads_there(rig: Any) -> None:

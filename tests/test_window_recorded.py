@@ -1,0 +1,194 @@
+"""Openings that are recorded once and repeated with whatever their tensors hold by then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from recorded import FIRST, SECOND, THIRD, Kept, commit, take
+from window_support import NONE, Rig, open_windows, rig
+
+from nwor_compile.errors import WindowInputError, WindowOrderError
+from nwor_compile.window import State
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "tail blocks"])
+def made(request: pytest.FixtureRequest) -> Iterator[tuple[Rig, Kept]]:
+    """A rig with room for six requests, and an opening of six that is recorded as `six`."""
+    with rig(THIRD, tail=request.param) as r:
+        kept = Kept(r)
+        r.window.record_begin("six", **kept.arguments(6))
+        yield r, kept
+
+
+STEPS = [(FIRST, [3, 0, 2, 0]), (SECOND, [0, 4]), (THIRD, [5, 1, 0, 0, 1]), (FIRST, [0, 0, 0, 1])]
+
+
+def test_a_recorded_begin_opens_by_what_its_tensors_hold_then(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    for seed, (spans, accepted) in enumerate(STEPS):
+        take(r, kept, spans, seed)
+        before = r.rows()
+        r.window.begin_recorded("six", len(spans))
+        assert r.window.state is State.OPEN
+        assert open_windows() == 1
+        r.forward()
+        result = commit(r, accepted)
+        assert (result.accepted.tolist(), result.error.item()) == (accepted, 0)
+        assert r.holds(r.expected(before, accepted))
+    drafts = [sum(span.drafts for span in spans) for spans, _ in STEPS]
+    metrics = r.window.metrics()
+    assert metrics.nwor_total_staged == sum(drafts)
+    assert metrics.nwor_total_committed == sum(sum(accepted) for _, accepted in STEPS)
+    certain = sum(len(spans) for spans, _ in STEPS)
+    assert metrics.nwor_certain_rows == certain
+
+
+def test_it_leaves_what_begin_leaves(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    take(r, kept, THIRD, seed=4)
+    tensors, found = r.window.tensors, []
+    for begin in (
+        lambda: r.window.begin_recorded("six", len(THIRD)),
+        lambda: r.window.begin(**kept.arguments(len(THIRD))),
+        lambda: r.begin(token_ids=kept.ids),
+    ):
+        begin()
+        tables = [table[: len(THIRD)].clone() for table in r.window.block_tables.values()]
+        routing = tensors.routing
+        parts = (
+            routing.row_map, routing.num_drafts, routing.tail_start[: len(THIRD)], tensors.drafts,
+            tensors.draft_ids, tensors.rows, tensors.error, *[b.slots for b in tensors.batches],
+        )  # fmt: skip
+        found.append([part.clone() for part in parts if part is not None] + tables)
+        r.window.abort()
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_recording_changes_no_cache_and_no_counter(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    take(r, kept, FIRST, seed=1)
+    r.begin(token_ids=kept.ids)
+    r.forward()
+    commit(r, [3, 0, 0, 1])
+    rows, metrics = r.rows(), r.window.metrics()
+    take(r, kept, SECOND, seed=2)
+    r.window.record_begin("two", **kept.arguments(2))
+    assert r.holds(rows)
+    assert r.window.metrics() == metrics
+    assert r.window.state is State.IDLE
+    r.forward()  # outside a window: every row goes straight to the cache
+    assert r.holds(r.expected(rows, [2, 4]))
+    r.window.begin_recorded("two")
+    r.forward()
+    assert commit(r, [1, 0]).accepted.tolist() == [1, 0]
+
+
+def test_recording_again_replaces(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    other = Kept(r)
+    r.window.record_begin("six", **other.arguments(6))
+    take(r, other, SECOND, seed=3)
+    take(r, kept, FIRST, seed=3)  # no longer looked at
+    take(r, other, SECOND, seed=3)
+    r.window.begin_recorded("six", 2)
+    r.forward()
+    assert commit(r, [2, 1]).accepted.tolist() == [2, 1]
+
+
+def test_settings_that_want_more_of_a_begin_have_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "nwor_compile")
+    for settings in ({"poison": "nan"}, {"mode": "off"}, {"debug": True}):
+        with rig(THIRD, tail=True, **settings) as r:
+            kept = Kept(r)
+            r.window.record_begin("six", **kept.arguments(6))
+            take(r, kept, SECOND, seed=1)
+            before = r.rows()
+            r.window.begin_recorded("six", 2)
+            r.forward()
+            assert commit(r, [1, 2]).error.item() == 0
+            accepted = [2, 4] if "mode" in settings else [1, 2]
+            assert r.holds(r.expected(before, accepted))
+            caplog.clear()
+            r.window.flush_log()
+    assert "6 draft tokens across 2 requests" in caplog.text
+
+
+@pytest.mark.parametrize("requests", [0, 7, -1])
+def test_a_number_of_requests_that_was_not_recorded(made: tuple[Rig, Kept], requests: int) -> None:
+    with pytest.raises(WindowInputError, match=f"expected 1 to 6 requests.*got {requests}"):
+        made[0].window.begin_recorded("six", requests)
+    assert made[0].window.state is State.IDLE
+
+
+def test_a_name_that_was_not_recorded(made: tuple[Rig, Kept]) -> None:
+    with pytest.raises(WindowInputError, match=r"nothing is recorded as 'seven', only \['six'\]"):
+        made[0].window.begin_recorded("seven")
+    assert made[0].window.state is State.IDLE
+
+
+def test_arguments_that_do_not_fit_are_not_recorded(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"query_start_loc": kept.starts[:1]}, r"query_start_loc: .*\[2 to 7\]"),
+        ({"query_start_loc": kept.starts.float()}, "query_start_loc: expected int32 or int64"),
+        ({"query_start_loc": torch.zeros(8, dtype=torch.int32)}, r"\[2 to 7\] \(max_requests and"),
+        ({"one_certain": False}, "one of num_drafts, logit_starts and one_certain, got none"),
+        ({"num_drafts": kept.lengths}, "got num_drafts and one_certain"),
+        ({"token_ids": kept.ids[:3]}, "token_ids: expected"),
+    ]
+    for changed, message in wrong:
+        with pytest.raises(WindowInputError, match=message):
+            r.window.record_begin("other", **{**kept.arguments(6), **changed})
+        with pytest.raises(WindowInputError, match="nothing is recorded as 'other'"):
+            r.window.begin_recorded("other")
+
+
+def test_both_calls_keep_the_order(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    take(r, kept, SECOND, seed=1)
+    r.window.begin_recorded("six", 2)
+    with pytest.raises(WindowOrderError, match="begin_recorded: a window is open"):
+        r.window.begin_recorded("six", 2)
+    with pytest.raises(WindowOrderError, match="record_begin: a window is open"):
+        r.window.record_begin("six", **kept.arguments(6))
+    r.forward()
+    assert commit(r, [1, 1]).accepted.tolist() == [1, 1]
+    r.window.close()
+    with pytest.raises(WindowOrderError, match="closed"):
+        r.window.begin_recorded("six", 2)
+
+
+def test_a_span_that_runs_backwards_raises_the_flag(made: tuple[Rig, Kept]) -> None:
+    r, kept = made
+    take(r, kept, SECOND, seed=1)
+    kept.starts[1] = 9
+    r.window.begin_recorded("six", 2)
+    result = commit(r, [1, 1])
+    assert result.error.item() != 0
+    assert result.accepted.tolist() == NONE[:2]
+
+
+def test_a_begin_that_fails_leaves_direct_mode(
+    made: tuple[Rig, Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r, kept = made
+    take(r, kept, SECOND, seed=1)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(r.window, "_route", fail)
+        with pytest.raises(RuntimeError, match="device lost"):
+            r.window.begin_recorded("six", 2)
+    assert r.window.state is State.IDLE
+    assert open_windows() == 0
+    before = r.rows()
+    r.forward()
+    assert r.holds(r.expected(before, [2, 4]))
