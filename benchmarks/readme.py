@@ -226,7 +226,8 @@ def _scv_table(record: dict[str, Any]) -> str:
     device, host = list(record["scv"][0]["device"]), list(record["scv"][0]["host"])
     rows = (
         [
-            str(row["requests"]), *(_median(row["device"][n]) for n in device),
+            str(row["requests"]),
+            *(_median(row["device"][n]) if n in row["device"] else "" for n in device),
             *(_median(row["host"][n]) for n in host),
         ]
         for row in record["scv"]

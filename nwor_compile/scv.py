@@ -2,9 +2,10 @@
 
 `validate` is the whole device-side path, in two steps: judge (acceptance and all error flags), then
 settle (the commit of every batch, counters, routing back to direct mode). Between them ranks share
-their error flags. It is straight-line device code: two launches, more with several batches. In
-graph mode the second step is a captured CUDA graph; the first reads the caller's tensors where they
-are. `host_loop` is the oracle: the same decision, made in Python after a synchronisation.
+their error flags. It is straight-line device code: two launches, more with several batches. Where
+requests are few one launch does both; else, in graph mode, the second step is a captured CUDA graph
+and the first reads the caller's tensors where they are. `host_loop` is the oracle: the same
+decision, made in Python after a synchronisation.
 
 After `validate`, `finish` or `host_loop` the routing is closed: every token is certain.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from nwor_compile.capture import CAPTURE_ERRORS, capture
 from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
+from nwor_compile.ops.decide import DECIDING, Decide, DecidePlan, fits
 from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
@@ -34,9 +36,9 @@ from nwor_compile.ops.staging import Routing
 log = logging.getLogger("nwor_compile")
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What a window came to; tensors on the device, valid until the next `begin`.
+class Committed(NamedTuple):
+    """What a window came to; tensors on the device. The first three are valid until the next
+    `begin`, the others are the caller's.
 
     accepted: int32 `[R]`, drafts accepted a request (0 everywhere if `error`).
     mask: bool `[N]`, drafts whose staged rows moved to the cache.
@@ -44,8 +46,6 @@ class Committed:
     num_sampled, num_rejected: int32 `[R]`, if they were given: what the engine should go on with.
         `num_sampled` is at most `accepted + 1`, and `num_rejected` has grown by what that took
         away, so that with the error flag up each request keeps its first sampled token alone.
-    counts: int32 `[2, R]`, if both were given: `num_sampled` and `num_rejected` are its rows. For
-        callers that copy them.
     """
 
     accepted: Tensor
@@ -53,7 +53,6 @@ class Committed:
     error: Tensor
     num_sampled: Tensor | None = None
     num_rejected: Tensor | None = None
-    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,19 @@ class WindowTensors:
             self.drafts, self.routing.num_drafts, self.state, self.error,
             max_drafts=(self.counters.shape[0] - FIXED) // 2, id_mismatch=ID_MISMATCH,
             count_mismatch=COUNT_MISMATCH, overflow=OVERFLOW,
+        )  # fmt: skip
+
+    @cached_property
+    def deciding(self) -> DecidePlan | None:
+        """What windows that are decided in one launch have in common. None where that cannot be:
+        layers of several geometries, error flags of several ranks, nothing staged."""
+        if len(self.batches) > 1 or self.share_error is not None or not self.staging:
+            return None
+        (batch,), (commit,) = self.batches, self.plans
+        mask = torch.zeros(batch.slots.shape[0] - 1, dtype=torch.bool, device=self.error.device)
+        return DecidePlan(
+            commit, self.judging, batch.slots, self.rows, mask, self.counters,
+            self.routing.row_map, self.routing.num_drafts,
         )  # fmt: skip
 
 
@@ -214,7 +226,6 @@ def _committed(
         tensors.error,
         verdict.num_sampled if sampled_given else None,
         verdict.num_rejected if rejected_given else None,
-        verdict.numbers[1:] if sampled_given and rejected_given else None,
     )
 
 
@@ -257,60 +268,35 @@ def host_loop(
     )
 
 
-@dataclass
-class _Captured:
+class _Captured(NamedTuple):
     """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes.
 
-    room: drafts that it can hold.
+    room: drafts that it can hold. faster: than without it.
     """
 
     graph: torch.cuda.CUDAGraph
     verdict: Verdict
     room: int
     faster: bool = True
-    results: dict[tuple[int, int, bool, bool], Committed] = field(default_factory=dict)
-
-    def result(
-        self, tensors: WindowTensors, requests: int, drafts: int, sampled: bool, rejected: bool
-    ) -> Committed:
-        """The part of the verdict that a step of this size has.
-
-        Views of buffers that never move, so those of sizes met before are kept: making five views
-        takes longer on the host than starting the graph.
-        """
-        size = (requests, drafts, sampled, rejected)
-        known = self.results.get(size)
-        if known is None:
-            verdict = self.verdict
-            known = Committed(
-                verdict.accepted[:requests],
-                verdict.mask[:drafts],
-                tensors.error,
-                verdict.num_sampled[:requests] if sampled else None,
-                verdict.num_rejected[:requests] if rejected else None,
-                verdict.numbers[1:, :requests] if sampled and rejected else None,
-            )
-            if len(self.results) >= _KEPT_RESULTS:
-                self.results.clear()
-            self.results[size] = known
-        return known
 
 
-_KEPT_RESULTS = 4096
+class _Replay(NamedTuple):
+    """A judgement and a replay, as far as shapes and dtypes of the arguments say what they are.
 
-
-class _Prepared(NamedTuple):
-    """A replay, as far as shapes and dtypes of its arguments say what it is.
-
-    ids: the drafts' ids where the caller gives none.
+    ids: the drafts' ids where the caller gives none. accepted, mask, counts: the parts of the
+    graph's verdict that a step of this form has; counts `[2, R]`. given: which counts are.
     """
 
-    captured: _Captured
-    ids: Tensor
+    tensors: WindowTensors
+    graph: torch.cuda.CUDAGraph
     judge: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
-    result: Committed
+    ids: Tensor
+    accepted: Tensor
+    mask: Tensor
+    counts: Tensor
+    given: tuple[bool, bool]
 
-    def replay(
+    def __call__(
         self,
         sampled_ids: Tensor,
         draft_ids: Tensor | None,
@@ -324,28 +310,75 @@ class _Prepared(NamedTuple):
         with span("nwor.accept"):
             self.judge(sampled_ids, ids, num_sampled, num_rejected)
         with span("nwor.commit"):
-            self.captured.graph.replay()
-        return self.result
+            self.graph.replay()
+        tensors = self.tensors
+        if not any(self.given):
+            return Committed(self.accepted, self.mask, tensors.error)
+        # A copy: an engine may hand these to another stream, which the next commit, that overwrites
+        # the graph's, does not wait for.
+        kept, rejected = self.counts.clone().unbind(0)
+        return Committed(
+            self.accepted, self.mask, tensors.error, kept if self.given[0] else None,
+            rejected if self.given[1] else None,
+        )  # fmt: skip
+
+
+class _OneLaunch(NamedTuple):
+    """The same for windows that are decided in one launch. given: which counts are."""
+
+    tensors: WindowTensors
+    decide: Decide
+    ids: Tensor
+    mask: Tensor
+    requests: int
+    given: tuple[bool, bool]
+
+    def __call__(
+        self,
+        sampled_ids: Tensor,
+        draft_ids: Tensor | None,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> Committed:
+        """Commit with arguments that look like those it was prepared for."""
+        tensors = self.tensors
+        error = tensors.error
+        numbers = torch.empty(3, self.requests, dtype=torch.int32, device=error.device)
+        with span("nwor.commit"):
+            self.decide(
+                sampled_ids, self.ids if draft_ids is None else draft_ids, num_sampled,
+                num_rejected, numbers, tensors.mirrors[0] if tensors.mirrors else None,
+            )  # fmt: skip
+        accepted, kept, rejected = numbers.unbind(0)
+        return Committed(
+            accepted, self.mask, error, kept if self.given[0] else None,
+            rejected if self.given[1] else None,
+        )  # fmt: skip
+
+
+_KEPT_FORMS = 1024
 
 
 @dataclass
 class GraphValidator:
-    """`validate` with a CUDA graph a size bucket (requests, rounded up to a power of two).
+    """`validate` in fewer calls: one launch where requests are few (`ops/decide.py`), else a CUDA
+    graph a size bucket (requests, rounded up to a power of two).
 
     Graphs are captured by `warm_up` only: capturing synchronises, and a window must not. A size
     without a graph, a machine without CUDA and a capture that failed run vectorised; each is
     logged once and counted in `vectorised` by reason.
 
-    form, last: of the last call; what it replayed is kept for further ones of that form.
+    one_launch: False to have graphs for few requests too. prepared: what calls of a form ran, for
+    further ones.
     """
 
     tensors: WindowTensors
     max_drafts: int
     adaptive: bool
+    one_launch: bool = True
     graphs: dict[int, _Captured] = field(default_factory=dict)
     vectorised: dict[str, int] = field(default_factory=dict)
-    form: object = None
-    last: _Prepared | None = None
+    prepared: dict[Hashable, _Replay | _OneLaunch] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -354,33 +387,52 @@ class GraphValidator:
         num_sampled: Tensor | None = None,
         num_rejected: Tensor | None = None,
         *,
-        form: object = None,
+        form: Hashable = None,
     ) -> Committed:
-        """As `validate`. With a graph, the result's tensors are views of the graph's buffers.
+        """As `validate`.
 
         form: an object that stands for the shapes, dtypes and devices of the arguments: calls that
             have the same one agree in them.
         """
         given = (sampled_ids, draft_ids, num_sampled, num_rejected)
-        last = self.last if form is self.form else None
-        if last is not None and not torch.cuda.is_current_stream_capturing():
-            return last.replay(*given)
-        self.last, self.form = None, form
+        known = self.prepared.get(form)
+        if known is not None and not torch.cuda.is_current_stream_capturing():
+            return known(*given)
         ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
-        captured = self._graph_for(sampled_ids, ids)
-        if captured is None:
+        prepared = self._prepare(sampled_ids, ids, num_sampled, num_rejected)
+        if prepared is None:
             return validate(self.tensors, sampled_ids, ids, num_sampled, num_rejected)
-        last = _prepare(self.tensors, captured, sampled_ids, ids, num_sampled, num_rejected)
         if form is not None:
-            self.last = last
-        return last.replay(*given)
+            if len(self.prepared) >= _KEPT_FORMS:
+                self.prepared.clear()
+            self.prepared[form] = prepared
+        return prepared(*given)
 
-    def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
+    def _prepare(
+        self,
+        sampled_ids: Tensor,
+        ids: Tensor,
+        num_sampled: Tensor | None,
+        num_rejected: Tensor | None,
+    ) -> _Replay | _OneLaunch | None:
+        given = (sampled_ids, ids, num_sampled, num_rejected)
         if not sampled_ids.is_cuda:
             self._run_vectorised("CUDA is missing")
             return None
         if torch.cuda.is_current_stream_capturing():
             return None  # the launches become part of the caller's graph; graphs do not nest
+        if self.in_one_launch(sampled_ids.shape[0], ids.shape[0]):
+            return _one_launch(self.tensors, *given)
+        captured = self._graph_for(sampled_ids, ids)
+        return None if captured is None else _replay(self.tensors, captured, *given)
+
+    def in_one_launch(self, requests: int, ids: int) -> bool:
+        """Whether a window of so many requests and drafts' ids is decided in one launch."""
+        if not self.one_launch or len(self.tensors.mirrors) > 1 or self.tensors.deciding is None:
+            return False
+        return fits(requests, ids)
+
+    def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
         requests, drafts = sampled_ids.shape[0], draft_ids.shape[0]
         for size, captured in self.graphs.items():  # smallest first
             if size >= requests and captured.room >= drafts:
@@ -394,7 +446,8 @@ class GraphValidator:
         self.vectorised[reason] = self.vectorised.get(reason, 0) + 1
 
     def warm_up(self, sizes: Iterable[int]) -> None:
-        """Capture a graph for each number of requests in `sizes`; time it if adaptive.
+        """For each number of requests in `sizes` compile the one launch, or capture a graph and, if
+        adaptive, time it.
 
         Call it before the first window. Counters and caches are unchanged.
         """
@@ -404,15 +457,17 @@ class GraphValidator:
         for size in sorted(set(sizes)):
             self._capture(size)
         self.graphs = dict(sorted(self.graphs.items()))
-        self.last = None
+        self.prepared.clear()
 
     def _capture(self, size: int) -> None:
         tensors = self.tensors
         kept = tensors.counters.clone(), tensors.error.clone(), tensors.drafts.clone()
         device = tensors.error.device
         rows = min(size * self.max_drafts, tensors.batches[0].slots.shape[0] - 1)
+        one_launch = self.in_one_launch(size, rows)
         sampled = torch.full((size, self.max_drafts + 1), -1, dtype=torch.int64, device=device)
         drafts = torch.zeros(rows, dtype=torch.int64, device=device)
+        given = (sampled, drafts, None, None)
         verdict = verdict_buffers(size, rows, device)
 
         def compile_all() -> None:
@@ -421,10 +476,13 @@ class GraphValidator:
 
         try:
             tensors.drafts.zero_()  # so what runs below moves nothing
+            if one_launch:
+                _one_launch(tensors, *given)(*given)
+                return
             graph = capture(lambda: _settle(tensors, verdict), compile_all)
             captured = _Captured(graph, verdict, rows)
-            if self.adaptive:
-                captured.faster = self._time(size, captured, sampled, drafts)
+            if self.adaptive and not self._faster(size, captured, given):
+                captured = captured._replace(faster=False)
             self.graphs[size] = captured
         except CAPTURE_ERRORS as error:  # NWOR goes on without
             self._run_vectorised(f"capture failed: {error}")
@@ -435,10 +493,11 @@ class GraphValidator:
             ):
                 tensor.copy_(value)
 
-    def _time(self, size: int, captured: _Captured, sampled: Tensor, drafts: Tensor) -> bool:
-        given = (sampled, drafts, None, None)
-        prepared = _prepare(self.tensors, captured, *given)
-        graph_us = _microseconds(lambda: prepared.replay(*given))
+    def _faster(
+        self, size: int, captured: _Captured, given: tuple[Tensor, Tensor, None, None]
+    ) -> bool:
+        replay = _replay(self.tensors, captured, *given)
+        graph_us = _microseconds(lambda: replay(*given))
         plain_us = _microseconds(lambda: validate(self.tensors, *given))
         log.info(
             "SCV adaptive, %d requests: graph %.1f us, vectorised %.1f us; %s is kept",
@@ -447,22 +506,40 @@ class GraphValidator:
         return graph_us <= plain_us
 
 
-def _prepare(
+def _replay(
     tensors: WindowTensors,
     captured: _Captured,
     sampled_ids: Tensor,
-    draft_ids: Tensor,
+    ids: Tensor,
     num_sampled: Tensor | None,
     num_rejected: Tensor | None,
-) -> _Prepared:
+) -> _Replay:
+    verdict, requests = captured.verdict, sampled_ids.shape[0]
     judge = pick(JUDGING, tensors.error.device)(
-        tensors.judging, sampled_ids, draft_ids, num_sampled, num_rejected, captured.verdict
+        tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict
     )
-    result = captured.result(
-        tensors, sampled_ids.shape[0], draft_ids.shape[0], num_sampled is not None,
-        num_rejected is not None,
+    return _Replay(
+        tensors, captured.graph, judge, ids, verdict.accepted[:requests],
+        verdict.mask[: ids.shape[0]], verdict.numbers[1:, :requests],
+        (num_sampled is not None, num_rejected is not None),
     )  # fmt: skip
-    return _Prepared(captured, draft_ids, judge, result)
+
+
+def _one_launch(
+    tensors: WindowTensors,
+    sampled_ids: Tensor,
+    ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+) -> _OneLaunch:
+    plan = tensors.deciding
+    if plan is None:
+        raise ValueError("deciding: these windows are not decided in one launch")
+    decide = pick(DECIDING, tensors.error.device)(plan, sampled_ids, ids, num_sampled, num_rejected)
+    return _OneLaunch(
+        tensors, decide, ids, plan.mask[: ids.shape[0]], sampled_ids.shape[0],
+        (num_sampled is not None, num_rejected is not None),
+    )  # fmt: skip
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:

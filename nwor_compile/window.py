@@ -428,6 +428,7 @@ class Window:
                 f"{host.dtype} {list(host.shape)} on {host.device}"
             )
         self.tensors.mirrors.append(host)
+        self.validator.prepared.clear()
 
     def metrics(self) -> Metrics:
         """The counters now. Synchronises with the device."""

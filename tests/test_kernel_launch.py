@@ -21,7 +21,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from nwor_compile.ops.cache_write import STAGE_WRITE
-from nwor_compile.ops.kernels import begin, cache_write, launch, redirect, rope, scv
+from nwor_compile.ops.decide import DECIDING
+from nwor_compile.ops.kernels import begin, cache_write, decide, launch, redirect, rope, scv
 from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.library import implementation, pick
 from nwor_compile.ops.rope import ROPE_WRITE
@@ -287,11 +288,11 @@ def test_launches_of_one_key_are_one_kernel_to_triton(
 
     for module, name in (
         (begin, "_begin_kernel"), (redirect, "_redirect_kernel"), (redirect, "_pass_kernel"),
-        (scv, "_judge_kernel"),
+        (scv, "_judge_kernel"), (decide, "_decide_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
     monkeypatch.setattr(KeptLaunch, "_launch_first", noted)
-    monkeypatch.setattr(GraphValidator, "__call__", judge_alone)
+    monkeypatch.setattr(GraphValidator, "__call__", launch_alone)
     choices = {
         "dtype": (torch.int32, torch.int64), "strided": (False, True), "aligned": (True, False),
         "by": ("count", "logits", "span"), "ids": (False, True), "counted": (False, True),
@@ -350,7 +351,7 @@ def test_writes_of_one_key_are_one_kernel_to_triton(
         assert all(each == specializations[0] for each in specializations), key
 
 
-def judge_alone(
+def launch_alone(
     self: GraphValidator,
     sampled_ids: Tensor,
     draft_ids: Tensor | None = None,
@@ -359,9 +360,14 @@ def judge_alone(
     *,
     form: object = None,
 ) -> Any:
-    """What graph mode launches before its graph."""
+    """What graph mode launches before its graph, and where requests are few in its place."""
     ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], ids.device)
     judge = pick(JUDGE, ids.device)
     judge(self.tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict)
+    plan, given = self.tensors.deciding, (sampled_ids, ids, num_sampled, num_rejected)
+    assert plan is not None
+    numbers = torch.empty(3, sampled_ids.shape[0], dtype=torch.int32)
+    for mirror in (None, torch.zeros_like(self.tensors.counters)):
+        pick(DECIDING, ids.device)(plan, *given)(*given, numbers, mirror)
     return verdict

@@ -23,7 +23,8 @@ from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
 from nwor_compile.scv import (
     WindowTensors,
     _Captured,
-    _prepare,
+    _one_launch,
+    _replay,
     _settle,
     host_loop,
     validate,
@@ -499,7 +500,7 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
             outcomes = []
 
             def replay(*given: Any) -> Committed:
-                return _prepare(tensors, captured, *given).replay(*given)
+                return _replay(tensors, captured, *given)(*given)
 
             for run in (partial(host_loop, tensors), replay):
                 for tensor in (tensors.error, tensors.drafts, tensors.counters):
@@ -517,22 +518,28 @@ def test_a_replay_decides_what_the_host_loop_does_whatever_was_in_its_buffers(
             assert outcomes[0] == outcomes[1]
 
 
-@pytest.fixture
-def replaying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Gives a window graphs that need no CUDA."""
+@pytest.fixture(params=["graph", "one launch"])
+def replaying(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Any], None]:
+    """Gives a window graphs that need no CUDA, or has it decide as in one launch."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def give(window: Any) -> None:
-        validator = window.validator
+        validator, tensors = window.validator, window.tensors
         for size in (4, window.max_requests):
-            validator.graphs[size] = host_graph(window.tensors, size, window.max_drafts)
+            validator.graphs[size] = host_graph(tensors, size, window.max_drafts)
 
-        def graph_for(sampled: Tensor, ids: Tensor) -> _Captured:
-            requests, drafts = sampled.shape[0], ids.shape[0]
-            graphs = validator.graphs.items()
-            return next(c for n, c in graphs if n >= requests and c.room >= drafts)
+        def prepare(sampled: Tensor, ids: Tensor, *counts: Any) -> Any:
+            if request.param == "one launch":
+                return _one_launch(tensors, sampled, ids, *counts)
+            captured = next(
+                c for n, c in validator.graphs.items()
+                if n >= sampled.shape[0] and c.room >= ids.shape[0]
+            )  # fmt: skip
+            return _replay(tensors, captured, sampled, ids, *counts)
 
-        monkeypatch.setattr(validator, "_graph_for", graph_for)
+        monkeypatch.setattr(validator, "_prepare", prepare)
 
     return give
 
@@ -540,7 +547,8 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 def test_graphs_replay_for_arguments_of_one_form_after_another(
     replaying: Callable[[Any], None],
 ) -> None:
-    """What is kept of a replay is used for its own form alone."""
+    """What is kept of a replay is used for its own form alone, and the counts are the caller's."""
+    counts: list[tuple[Tensor, list[int]]] = []
     few = make_batch(MIXED[:4], Geometry(), padding=2)
     with rig() as r:
         replaying(r.window)
@@ -563,12 +571,14 @@ def test_graphs_replay_for_arguments_of_one_form_after_another(
                     assert result.mask.shape == batch.draft_ids.shape
                     assert (result.num_sampled is None) == (not counted)
                     if said is not None:
-                        assert result.counts is not None
-                        assert result.counts.tolist() == [said.tolist(), [0] * len(accepted)]
+                        assert result.num_sampled is not None
+                        assert result.num_rejected is not None
+                        assert result.num_rejected.tolist() == [0] * len(accepted)
+                        counts.append((result.num_sampled, said.tolist()))
                     assert r.holds(r.expected(before, accepted))
-                    assert r.window.validator.last is not None
-                    assert r.window.validator.last.result is result
         assert r.window.fallbacks == 0
+        assert len(r.window.validator.prepared) == 8  # sizes, dtypes, with and without counts
+        assert all(kept.tolist() == said for kept, said in counts)
 
 
 def test_a_replay_of_the_same_form_takes_the_new_arguments(
@@ -578,15 +588,14 @@ def test_a_replay_of_the_same_form_takes_the_new_arguments(
     with rig() as r:
         replaying(r.window)
         r.run(SOME)
-        prepared = r.window.validator.last
-        assert prepared is not None
+        (prepared,) = r.window.validator.prepared.values()
         for accepted in (ALL, NONE, SOME):
             r.new_rows(seed=sum(accepted))
             before = r.rows()
             result = r.run(accepted)
             assert result.accepted.tolist() == accepted
             assert r.holds(r.expected(before, accepted))
-            assert r.window.validator.last is prepared
+            assert list(r.window.validator.prepared.values()) == [prepared]
         r.begin()
         sampling = r.sampling(NONE, counted=False)
         r.window.validator(sampling.sampled_ids.int(), r.batch.draft_ids)
@@ -605,7 +614,7 @@ def test_a_commit_under_capture_replays_no_graph(
         r.run(SOME)
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            patch.setattr(r.window.validator, "_graph_for", lambda *given: None)
+            patch.setattr(r.window.validator, "_prepare", lambda *given: None)
             patch.setattr(HostGraph, "replay", lambda self: pytest.fail("graphs do not nest"))
             before = r.rows()
             assert r.run(ALL).accepted.tolist() == ALL

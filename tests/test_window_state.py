@@ -336,7 +336,7 @@ def test_a_commit_that_fails_closes_the_window(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("device lost")
 
         with monkeypatch.context() as patch:
-            patch.setattr(r.window.validator, "_graph_for", fail)
+            patch.setattr(r.window.validator, "_prepare", fail)
             with pytest.raises(RuntimeError, match="device lost"):
                 r.commit(SOME)
         assert r.window.state is State.IDLE

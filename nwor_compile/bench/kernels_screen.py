@@ -46,8 +46,9 @@ def _scv(record: KernelsRecord, console: Console) -> None:
     device, host = list(record.scv[0].device), list(record.scv[0].host)
     table = Table("requests", *device, *(f"host: {n}" for n in host), title="SCV and commit, us")
     for row in record.scv:
-        parts = [row.device[name] for name in device] + [row.host[name] for name in host]
-        table.add_row(str(row.requests), *(f"{part.median:.1f}" for part in parts))
+        parts = [row.device.get(name) for name in device] + [row.host[name] for name in host]
+        cells = ("" if part is None else f"{part.median:.1f}" for part in parts)
+        table.add_row(str(row.requests), *cells)
     console.print(table)
 
 

@@ -16,7 +16,9 @@ from nwor_compile.bench.kernels_points import Point
 from nwor_compile.bench.kernels_timing import Run, compare
 from nwor_compile.bench.record import Spread
 from nwor_compile.ops import accept_mask, commit_kv
-from nwor_compile.scv import validate
+from nwor_compile.ops.decide import DECIDING, Decide, fits
+from nwor_compile.ops.library import pick
+from nwor_compile.scv import GraphValidator, validate
 from nwor_compile.window import State
 
 CONTEXT, DRAFTS = 512, 4
@@ -41,6 +43,9 @@ class _Step:
         self.window = self.batch.window
         self.window.abort()
         self.window.warm_up([requests])
+        tensors = self.window.tensors
+        self.graphs = GraphValidator(tensors, DRAFTS, adaptive=False, one_launch=False)
+        self.graphs.warm_up([requests])
         self.token_ids = torch.randint(1000, (self.batch.tokens,), device="cuda")
         ids = self.token_ids.view(requests, DRAFTS + 1)[:, 1:]
         self.draft_ids = ids.flatten()
@@ -60,6 +65,8 @@ class _Step:
         self.sampled[:, taken] = 1000
         self.num_sampled = torch.full((requests,), taken + 1, dtype=torch.int32, device="cuda")
         self.num_rejected = torch.full_like(self.num_sampled, DRAFTS - taken)
+        self.numbers = torch.empty(3, requests, dtype=torch.int32, device="cuda")
+        self.decided: Decide | None = None
         self.mask = accept_mask(self.sampled, self.draft_ids, self.ends)[0]
         # The drafts and slots of a window stay known when it is closed, and layers that staged
         # nothing then agree with its routing: it can be validated any number of times.
@@ -93,6 +100,11 @@ class _Step:
         self.begin()
         self.batch.each(self.batch.stage)
 
+    def stage_anew(self) -> None:
+        """The same after a window that is still open to `Window`."""
+        self.abort()
+        self.stage()
+
     def stage_plainly(self) -> None:
         """The same by draft counts."""
         self.begin_plainly()
@@ -103,6 +115,11 @@ class _Step:
         counts = self.num_sampled, self.num_rejected
         return self.window.commit(self.sampled, None, *counts, form=self.batch.tokens).accepted
 
+    def commit_by_graph(self) -> None:
+        """The same as where requests are many: a judgement, and the replay of the rest."""
+        counts = self.num_sampled, self.num_rejected
+        self.graphs(self.sampled, None, *counts, form=self.batch.tokens)
+
     def commit_plainly(self) -> Tensor:
         """The same with the drafts' ids and without counts."""
         return self.window.commit(self.sampled, self.draft_ids).accepted
@@ -111,8 +128,27 @@ class _Step:
         """A step without a window."""
         self.window.pass_through({"kv": self.batch.table})
 
+    def decide(self) -> None:
+        """Judgement and commit in one launch."""
+        given = (self.sampled, self.draft_ids, self.num_sampled, self.num_rejected)
+        plan = self.window.tensors.deciding
+        if plan is None:
+            raise RuntimeError("these windows are not decided in one launch")
+        if self.decided is None:
+            self.decided = pick(DECIDING, self.sampled.device)(plan, *given)
+        self.decided(*given, self.numbers, None)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the windows that were timed moved nothing."""
+        error, fallbacks = int(self.window.tensors.error), self.window.fallbacks
+        if error or fallbacks:
+            raise RuntimeError(
+                f"scv, {self.sampled.shape[0]} requests: the windows that were timed did not "
+                f"commit (error {error}, {fallbacks} fallbacks)"
+            )
+
     def validate(self) -> None:
-        """The same without the window's graph."""
+        """Judgement and commit in a launch each."""
         validate(self.window.tensors, self.sampled, None, self.num_sampled, self.num_rejected)
 
     def op(self) -> None:
@@ -139,6 +175,12 @@ def measure(requests: int, *, seconds: float, replays: int) -> Measured:
             name: functools.partial(_repeated, part) for name, part in parts.items()
         }
         device = compare(runs, dict.fromkeys(runs, STEPS), seconds=seconds, replays=replays)
+        if fits(requests, requests * DRAFTS):
+            # It goes by the drafts that begin noted, which an abort leaves: these layers staged.
+            step.window.tensors.state[:, 0] = requests * DRAFTS
+            run = {"all in one launch": functools.partial(_repeated, step.decide)}
+            device |= compare(run, dict.fromkeys(run, STEPS), seconds=seconds, replays=replays)
+            step.check()
         host = {
             "commit_kv": _host(lambda: None, step.op),
             "Window.begin_recorded": _host(step.abort, step.begin),
@@ -150,12 +192,10 @@ def measure(requests: int, *, seconds: float, replays: int) -> Measured:
         host["Window.commit"] = _host(step.stage, step.commit)
         # An engine that schedules ahead does not wait between its calls.
         host["Window.commit, no wait before"] = _host(step.stage, step.commit, wait=False)
+        host["Window.commit by a graph"] = _host(step.stage_anew, step.commit_by_graph)
+        step.abort()
         host["Window.commit, ids"] = _host(step.stage_plainly, step.commit_plainly)
-        if int(step.window.tensors.error) or step.window.fallbacks:
-            raise RuntimeError(
-                f"scv, {requests} requests: the windows that were timed did not commit (error "
-                f"{int(step.window.tensors.error)}, {step.window.fallbacks} fallbacks)"
-            )
+        step.check()
     return Measured(device, host)
 
 

@@ -166,14 +166,9 @@ class DeviceRunnerHooks(RunnerHooks):
         done = window.commit(
             output.sampled_token_ids, None, sampled, rejected, form=input_batch.num_reqs
         )
-        if done.counts is None:
+        if done.num_sampled is None or done.num_rejected is None:
             raise RuntimeError("a commit that was given counts returned none")
         # With the error flag up nothing was committed: each request keeps its first token alone.
         # Else the counts are what they were. A prefill that goes on has sampled, and keeps, none.
-        # A copy, of both at once: the engine copies the first to the host on another stream, which
-        # waits for this one, but the next commit, which overwrites the counts, does not wait for
-        # it. How many steps may pass before the host has read them is the scheduler's matter, so no
-        # number of buffers to take turns would do. Memory of the copy is not used again while the
-        # output holds it.
-        output.num_sampled, output.num_rejected = done.counts.clone().unbind(0)
+        output.num_sampled, output.num_rejected = done.num_sampled, done.num_rejected
         return output, output.num_sampled, output.num_rejected

@@ -37,13 +37,35 @@ _FIXED = tl.constexpr(FIXED)
 
 # From this many rows on, a program takes several: most rows of a large batch are rejected, and a
 # program a row would be mostly launches of empty blocks.
-_MANY_ROWS = 128
+MANY_ROWS = 128
 
 
 @triton.jit
-def _add(counter, amount, mask):
+def count_position(counters, copy, mirrored, place, amount, mask):
+    """Add to the counters at `place`; if `mirrored` is 1, not 0, leave the sums in `copy` too."""
     # Only one program of the grid counts, so no atomic is needed.
-    tl.store(counter, tl.load(counter, mask=mask) + amount, mask=mask)
+    now = tl.load(counters + place, mask=mask) + amount
+    tl.store(counters + place, now, mask=mask)
+    tl.store(copy + place, now, mask=tl.where(mask, mirrored, 0) != 0)
+
+
+@triton.jit
+def count_totals(
+    counters, copy, mirrored, staged, committed, failed, num_layers, s_counter
+):  # fmt: skip
+    """Add a window to the counters that are no positions. staged, committed: int64 `[1]`, rows."""
+    one = tl.arange(0, 1)
+    yes = one == 0
+    errors = tl.zeros([1], tl.int64) + tl.where(failed == 0, 0, 1)
+    windows = (staged > 0).to(tl.int64)
+    count_position(counters, copy, mirrored, _WINDOWS * s_counter + one, windows, yes)
+    count_position(counters, copy, mirrored, _STAGED * s_counter + one, staged, yes)
+    count_position(counters, copy, mirrored, _COMMITTED * s_counter + one, committed, yes)
+    rejected = staged - committed
+    count_position(counters, copy, mirrored, _REJECTED * s_counter + one, rejected, yes)
+    operations = staged * num_layers
+    count_position(counters, copy, mirrored, _STAGE_OPERATIONS * s_counter + one, operations, yes)
+    count_position(counters, copy, mirrored, _ERRORS * s_counter + one, errors, yes)
 
 
 @triton.jit
@@ -62,15 +84,7 @@ def _count(
         staged += tl.sum(drafts, axis=0)
         taken = tl.where(failed == 0, taken.to(tl.int64), 0)
         committed += tl.sum(taken, axis=0)
-    one = tl.arange(0, 1)
-    yes = one == 0
-    _add(counters + _WINDOWS * s_counter + one, (staged > 0).to(tl.int64), yes)
-    _add(counters + _STAGED * s_counter + one, staged, yes)
-    _add(counters + _COMMITTED * s_counter + one, committed, yes)
-    _add(counters + _REJECTED * s_counter + one, staged - committed, yes)
-    _add(counters + _STAGE_OPERATIONS * s_counter + one, staged * num_layers, yes)
-    errors = tl.zeros([1], tl.int64) + tl.where(failed == 0, 0, 1)
-    _add(counters + _ERRORS * s_counter + one, errors, yes)
+    count_totals(counters, counters, 0, staged, committed, failed, num_layers, s_counter)
     for low in range(0, positions, K):
         position = low + tl.arange(0, K)
         drafted = tl.zeros([K], tl.int64)
@@ -83,9 +97,21 @@ def _count(
             taken = tl.where(failed == 0, taken, 0)
             drafted += tl.sum((position[:, None] < drafts[None, :]).to(tl.int64), axis=1)
             kept += tl.sum((position[:, None] < taken[None, :]).to(tl.int64), axis=1)
-        place = counters + (_FIXED + position) * s_counter
-        _add(place, drafted, position < positions)
-        _add(place + positions * s_counter, kept, position < positions)
+        place = (_FIXED + position) * s_counter
+        count_position(counters, counters, 0, place, drafted, position < positions)
+        place += positions * s_counter
+        count_position(counters, counters, 0, place, kept, position < positions)
+
+
+@triton.jit
+def close_routing(row_map, open_drafts, tokens, max_requests, BLOCK: tl.constexpr):
+    """Make the routing say that every token is certain."""
+    for first in range(0, tokens, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        tl.store(row_map + token, tl.zeros([BLOCK], tl.int32) - 1, mask=token < tokens)
+    for first in range(0, max_requests, BLOCK):
+        request = first + tl.arange(0, BLOCK)
+        tl.store(open_drafts + request, tl.zeros([BLOCK], tl.int32), mask=request < max_requests)
 
 
 @triton.jit
@@ -108,12 +134,46 @@ def _close(
     for first in range(0, tl.where(failed == 0, 0, rows), BLOCK):
         row = first + tl.arange(0, BLOCK)
         tl.store(mask + row, tl.zeros([BLOCK], tl.uint8), mask=row < rows)
-    for first in range(0, tokens, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        tl.store(row_map + token, tl.zeros([BLOCK], tl.int32) - 1, mask=token < tokens)
-    for first in range(0, max_requests, BLOCK):
-        request = first + tl.arange(0, BLOCK)
-        tl.store(open_drafts + request, tl.zeros([BLOCK], tl.int32), mask=request < max_requests)
+    close_routing(row_map, open_drafts, tokens, max_requests, BLOCK)
+
+
+@triton.jit
+def move_rows(
+    valid, row, slot, layer, table, element,
+    s_table, sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
+    kc_block, kc_offset, kc_head, kc_outer, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
+    H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Staging rows `row` of one layer to `slot`, where `valid`; vectors of one length."""
+    # `element` only lends its type: the table holds plain addresses. Loaded before it is known that
+    # they are needed, so as not to wait.
+    key_cache = tl.load(table + layer).to(element.dtype)
+    value_cache = tl.load(table + s_table + layer).to(element.dtype)
+    staged_key = tl.load(table + 2 * s_table + layer).to(element.dtype)
+    staged_value = tl.load(table + 3 * s_table + layer).to(element.dtype)
+    if tl.max(valid.to(tl.int32), axis=0) > 0:
+        if ALIGNED:
+            key_cache = tl.multiple_of(key_cache, 16)
+            value_cache = tl.multiple_of(value_cache, 16)
+            staged_key = tl.multiple_of(staged_key, 16)
+            staged_value = tl.multiple_of(staged_value, 16)
+        block = slot // BLOCK_SIZE
+        offset = slot % BLOCK_SIZE
+        from_key = (row.to(tl.int64) * sk_row)[:, None]
+        from_value = (row.to(tl.int64) * sv_row)[:, None]
+        key_row = (block * kc_block + offset * kc_offset)[:, None]
+        value_row = (block * vc_block + offset * vc_offset)[:, None]
+        for start in tl.static_range(0, H * D, BLOCK):
+            place = start + tl.arange(0, BLOCK)[None, :]
+            head = (place // D).to(tl.int64)
+            d = (place % D).to(tl.int64)
+            inside = valid[:, None] & (place < H * D)
+            key = tl.load(staged_key + (from_key + head * sk_head + d * sk_d), mask=inside)
+            value = tl.load(staged_value + (from_value + head * sv_head + d * sv_d), mask=inside)
+            to_key = element_offset(place % D, kc_outer, kc_inner, D, X)
+            tl.store(key_cache + (key_row + head * kc_head + to_key), key, mask=inside)
+            tl.store(value_cache + (value_row + head * vc_head + d * vc_inner), value, mask=inside)
 
 
 # Counts change from step to step: specialising on them would compile again in the middle of one.
@@ -167,34 +227,12 @@ def _commit_kernel(
         valid &= (row >= 0) & (row < staged_rows)
     else:
         row = draft
-    # `element` only lends its type: the table holds plain addresses. Loaded before it is known that
-    # they are needed, so as not to wait.
-    key_cache = tl.load(table + layer).to(element.dtype)
-    value_cache = tl.load(table + s_table + layer).to(element.dtype)
-    staged_key = tl.load(table + 2 * s_table + layer).to(element.dtype)
-    staged_value = tl.load(table + 3 * s_table + layer).to(element.dtype)
-    if tl.max(valid.to(tl.int32), axis=0) > 0:
-        if ALIGNED:
-            key_cache = tl.multiple_of(key_cache, 16)
-            value_cache = tl.multiple_of(value_cache, 16)
-            staged_key = tl.multiple_of(staged_key, 16)
-            staged_value = tl.multiple_of(staged_value, 16)
-        block = slot // BLOCK_SIZE
-        offset = slot % BLOCK_SIZE
-        from_key = (row.to(tl.int64) * sk_row)[:, None]
-        from_value = (row.to(tl.int64) * sv_row)[:, None]
-        key_row = (block * kc_block + offset * kc_offset)[:, None]
-        value_row = (block * vc_block + offset * vc_offset)[:, None]
-        for start in tl.static_range(0, H * D, BLOCK):
-            place = start + tl.arange(0, BLOCK)[None, :]
-            head = (place // D).to(tl.int64)
-            d = (place % D).to(tl.int64)
-            inside = valid[:, None] & (place < H * D)
-            key = tl.load(staged_key + (from_key + head * sk_head + d * sk_d), mask=inside)
-            value = tl.load(staged_value + (from_value + head * sv_head + d * sv_d), mask=inside)
-            to_key = element_offset(place % D, kc_outer, kc_inner, D, X)
-            tl.store(key_cache + (key_row + head * kc_head + to_key), key, mask=inside)
-            tl.store(value_cache + (value_row + head * vc_head + d * vc_inner), value, mask=inside)
+    move_rows(
+        valid, row, slot, layer, table, element,
+        s_table, sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
+        kc_block, kc_offset, kc_head, kc_outer, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
+        H, D, X, BLOCK_SIZE, BLOCK, ALIGNED,
+    )  # fmt: skip
 
 
 class Constants(NamedTuple):
@@ -247,7 +285,7 @@ def commit_batch(
     """`nwor_compile.ops.commit.commit_batch` in one launch."""
     constants = plan.constants
     moved, requests = mask.shape[0], accepted.shape[0]
-    tile = 4 if moved >= _MANY_ROWS else 1
+    tile = 4 if moved >= MANY_ROWS else 1
     tiles = (moved + tile - 1) // tile
     programs = tiles * constants.layers + (counters is not None) + (closing is not None)
     if programs == 0:

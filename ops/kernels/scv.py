@@ -18,7 +18,7 @@ from torch import Tensor
 from nwor_compile.ops.kernels.launch import KeptLaunch, on_device
 from nwor_compile.ops.scv import JudgePlan, Verdict
 
-_MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
+MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
 _TILE = 4096  # requests x positions a pass of `accept_mask`
 _JUDGED = 64  # requests a program of the judge
 _BLOCK = 256  # layers, or anything else, that it takes at a time
@@ -35,7 +35,7 @@ _HAS_COUNT, _HAS_REJECTED = tl.constexpr(HAS_COUNT), tl.constexpr(HAS_REJECTED)
 
 
 @triton.jit
-def _load_ids(words, index, wide, mask):
+def load_ids(words, index, wide, mask):
     """Elements `index` (int64) of int32 or, if `wide`, int64 memory at an int32 pointer, as int64.
 
     Zero where `mask` is not set.
@@ -55,18 +55,18 @@ def _leading_ids(ids, wide, real, columns, s_column, R: tl.constexpr, K: tl.cons
     for j in range(0, columns, K):
         column = j + position
         inside = real[:, None] & (column < columns)
-        sampled = _load_ids(ids, column.to(tl.int64) * s_column, wide, inside)
+        sampled = load_ids(ids, column.to(tl.int64) * s_column, wide, inside)
         placeholder = tl.where(inside & (sampled < 0), column, columns)
         count = tl.minimum(count, tl.min(placeholder, axis=1))
     return count
 
 
 @triton.jit
-def _accept(
-    ids, wide_ids, draft_ids, wide_drafts, mask, real, start, drafts, count, rows,
-    s_column, s_draft, R: tl.constexpr, K: tl.constexpr,
+def judge_drafts(
+    ids, wide_ids, draft_ids, wide_drafts, real, start, drafts, count, rows, s_column, s_draft,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """Judge the drafts of R requests and write their part of the mask.
+    """Judge the drafts of R requests.
 
     Args:
         ids: int32 pointers `[R, 1]`, each to the sampled ids of a request.
@@ -85,21 +85,53 @@ def _accept(
         row = start[:, None] + column
         owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
         inside = owned & (column < count[:, None])
-        sampled = _load_ids(ids, column.to(tl.int64) * s_column, wide_ids, inside)
-        draft = _load_ids(draft_ids, row.to(tl.int64) * s_draft, wide_drafts, inside)
+        sampled = load_ids(ids, column.to(tl.int64) * s_column, wide_ids, inside)
+        draft = load_ids(draft_ids, row.to(tl.int64) * s_draft, wide_drafts, inside)
         fails = owned & ((sampled != draft) | (column >= count[:, None]))
         prefix = tl.minimum(prefix, tl.min(tl.where(fails, column, _NEVER), axis=1))
     taken = tl.maximum(tl.minimum(prefix, count - 1), 0)
-    for j in range(0, longest, K):
-        column = j + position
-        row = start[:, None] + column
-        owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
-        tl.store(mask + row, (column < taken[:, None]).to(tl.uint8), mask=owned)
     return taken, (real & (prefix < count - 1)).to(tl.int32)
 
 
 @triton.jit
-def _refuse(mask, first, rows, BLOCK: tl.constexpr):
+def mark(mask, real, start, drafts, taken, rows, K: tl.constexpr):
+    """Write the part of the mask that belongs to these requests; arguments as for `judge_drafts`"""
+    position = tl.arange(0, K)[None, :]
+    for j in range(0, tl.max(drafts, axis=0), K):
+        column = j + position
+        row = start[:, None] + column
+        owned = real[:, None] & (column < drafts[:, None]) & (row < rows)
+        tl.store(mask + row, (column < taken[:, None]).to(tl.uint8), mask=owned)
+
+
+@triton.jit
+def said_counts(
+    ids, num_sampled, flags, real, wide_request, columns, s_column, s_count, R: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """How many ids each of R requests sampled, as it was said (int64) or as its ids show, and the
+    same within the columns (int32). num_sampled: int32 words; see `load_ids`."""
+    if flags & _HAS_COUNT != 0:
+        wide = (flags & _WIDE_COUNT != 0).to(tl.int32)
+        said = load_ids(num_sampled, wide_request * s_count, wide, real)
+        count = tl.minimum(tl.maximum(said, 0), columns).to(tl.int32)
+    else:
+        wide = (flags & _WIDE_SAMPLED != 0).to(tl.int32)
+        count = _leading_ids(ids, wide, real, columns, s_column, R, K)
+        said = count.to(tl.int64)
+    return said.to(tl.int32), count
+
+
+@triton.jit
+def refused_counts(num_rejected, flags, request, wide_request, requests, s_rejected):
+    """`num_rejected` of R requests, int32; zeros without. num_rejected: int32 words."""
+    known = request < tl.where(flags & _HAS_REJECTED != 0, requests, 0)
+    wide = (flags & _WIDE_REJECTED != 0).to(tl.int32)
+    return load_ids(num_rejected, wide_request * s_rejected, wide, known).to(tl.int32)
+
+
+@triton.jit
+def refuse(mask, first, rows, BLOCK: tl.constexpr):
     """Rows `[first, rows)` of the mask, which no request owns."""
     for low in range(first, rows, BLOCK):
         row = low + tl.arange(0, BLOCK)
@@ -117,7 +149,7 @@ def _accept_kernel(
 ):  # fmt: skip
     """One program, because `mismatch` is a reduction over all requests that has to be zero without
     a second launch to clear it."""
-    sampled_ids = sampled_ids.to(mismatch.dtype)  # int32 words; see `_load_ids`
+    sampled_ids = sampled_ids.to(mismatch.dtype)  # int32 words; see `load_ids`
     draft_ids = draft_ids.to(mismatch.dtype)
     disagree = tl.zeros([R], tl.int32)
     for first in range(0, requests, R):
@@ -132,21 +164,23 @@ def _accept_kernel(
             count = tl.minimum(tl.maximum(count, 0), columns).to(tl.int32)
         else:
             count = _leading_ids(ids, WIDE_SAMPLED, real, columns, s_column, R, K)
-        taken, wrong = _accept(
-            ids, WIDE_SAMPLED, draft_ids, WIDE_DRAFTS, mask, real, start, end - start, count, rows,
-            s_column, s_draft, R, K,
+        drafts = end - start
+        taken, wrong = judge_drafts(
+            ids, WIDE_SAMPLED, draft_ids, WIDE_DRAFTS, real, start, drafts, count, rows,
+            s_column, s_draft, K,
         )  # fmt: skip
+        mark(mask, real, start, drafts, taken, rows, K)
         tl.store(accepted + request, taken, mask=real)
         disagree = tl.maximum(disagree, wrong)
     tl.store(mismatch, tl.max(disagree, axis=0))
     total = 0
     if requests > 0:
         total = tl.load(cu_num_drafts + (requests - 1) * s_cu).to(tl.int32)
-    _refuse(mask, total, rows, R * K)
+    refuse(mask, total, rows, R * K)
 
 
 @triton.jit
-def _layer_faults(
+def layer_faults(
     staged, state, layers, max_requests, COUNT_MISMATCH: tl.constexpr, OVERFLOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +222,7 @@ def _judge_kernel(
     drafts = drafts.to(error.dtype)  # see NOTE [addresses]
     program = tl.program_id(0)
     if program == 0:
-        faults = _layer_faults(
+        faults = layer_faults(
             staged.to(error.dtype), state.to(error.dtype), layers, max_requests, COUNT_MISMATCH,
             OVERFLOW, BLOCK,
         )  # fmt: skip
@@ -201,8 +235,6 @@ def _judge_kernel(
     mask = mask.to(tl.pointer_type(tl.uint8))
     wide_sampled = (flags & _WIDE_SAMPLED != 0).to(tl.int32)
     wide_drafts = (flags & _WIDE_DRAFTS != 0).to(tl.int32)
-    wide_count = (flags & _WIDE_COUNT != 0).to(tl.int32)
-    wide_rejected = (flags & _WIDE_REJECTED != 0).to(tl.int32)
 
     begin = (program - 1) * R
     request = begin + tl.arange(0, R)
@@ -218,29 +250,24 @@ def _judge_kernel(
     total = before + tl.sum(own, axis=0)
 
     at = sampled_ids + (wide_request[:, None] * s_request) * (1 + wide_sampled)
-    known = request < tl.where(flags & _HAS_REJECTED != 0, requests, 0)
-    rejected = _load_ids(
-        num_rejected.to(error.dtype), wide_request * s_rejected, wide_rejected, known
+    rejected = refused_counts(
+        num_rejected.to(error.dtype), flags, request, wide_request, requests, s_rejected
     )
-    if flags & _HAS_COUNT != 0:
-        said = _load_ids(num_sampled.to(error.dtype), wide_request * s_count, wide_count, real)
-        count = tl.minimum(tl.maximum(said, 0), columns).to(tl.int32)
-        said = said.to(tl.int32)
-    else:
-        count = _leading_ids(at, wide_sampled, real, columns, s_column, R, K)
-        said = count
-    taken, wrong = _accept(
-        at, wide_sampled, draft_ids, wide_drafts, mask, real, start, own, count, ids,
-        s_column, s_draft, R, K,
-    )  # fmt: skip
+    said, count = said_counts(
+        at, num_sampled.to(error.dtype), flags, real, wide_request, columns, s_column, s_count, R, K
+    )
+    taken, wrong = judge_drafts(
+        at, wide_sampled, draft_ids, wide_drafts, real, start, own, count, ids, s_column, s_draft, K
+    )
+    mark(mask, real, start, own, taken, ids, K)
     tl.store(numbers + request, taken, mask=real)
     tl.store(numbers + room + request, said, mask=real)
-    tl.store(numbers + 2 * room + request, rejected.to(tl.int32), mask=real)
+    tl.store(numbers + 2 * room + request, rejected, mask=real)
     bits = tl.max(wrong, axis=0) * ID_MISMATCH
     if program == tl.num_programs(0) - 1:
         # Drafts without an id would count as accepted, and their rows would be lost.
         bits |= tl.where(total > ids, ID_MISMATCH, 0)
-        _refuse(mask, tl.minimum(total, ids), rows, BLOCK)
+        refuse(mask, tl.minimum(total, ids), rows, BLOCK)
         for first in range(requests, room, BLOCK):
             nobody = first + tl.arange(0, BLOCK)
             zero = tl.zeros([BLOCK], tl.int32)
@@ -263,7 +290,7 @@ def accept_mask(
     mask = torch.empty(rows, dtype=torch.bool, device=device)
     accepted = torch.empty(requests, dtype=torch.int32, device=device)
     mismatch = torch.empty(1, dtype=torch.int32, device=device)
-    positions = min(_MAX_POSITIONS, triton.next_power_of_2(max(columns, 2)))
+    positions = min(MAX_POSITIONS, triton.next_power_of_2(max(columns, 2)))
     block = min(triton.next_power_of_2(max(requests, 1)), _TILE // positions)
     with on_device(sampled_ids):
         _accept_kernel[(1,)](
@@ -298,12 +325,28 @@ def judge_launch(plan: JudgePlan) -> JudgeLaunch:
         plan.error, plan.drafts.data_ptr(), plan.staged.data_ptr(), plan.state.data_ptr(),
         plan.state.shape[0], plan.drafts.shape[0],
     )  # fmt: skip
-    positions = min(_MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
+    positions = min(MAX_POSITIONS, 1 << plan.max_drafts.bit_length())
     return JudgeLaunch(
         KeptLaunch(_judge_kernel, plan.error.device, fixed),
         (plan.id_mismatch, plan.count_mismatch, plan.overflow, _JUDGED, positions, _BLOCK),
         plan.error.data_ptr(),
     )
+
+
+def flags_of(
+    sampled_ids: Tensor, draft_ids: Tensor, num_sampled: Tensor | None, num_rejected: Tensor | None
+) -> int:
+    """What kernels are told of these tensors: which there are, and which have int64 elements."""
+    flags, wide = 0, torch.int64
+    for bit, tensor in (
+        (WIDE_SAMPLED, sampled_ids), (WIDE_DRAFTS, draft_ids), (WIDE_COUNT, num_sampled),
+        (WIDE_REJECTED, num_rejected),
+    ):  # fmt: skip
+        if tensor is not None and tensor.dtype is wide:
+            flags |= bit
+    flags |= HAS_COUNT if num_sampled is not None else 0
+    flags |= HAS_REJECTED if num_rejected is not None else 0
+    return flags
 
 
 class Judging:
@@ -320,15 +363,7 @@ class Judging:
         verdict: Verdict,
     ) -> None:
         self.kept, self.constants, self.somewhere = plan.launch
-        flags, wide = 0, torch.int64
-        for bit, tensor in (
-            (WIDE_SAMPLED, sampled_ids), (WIDE_DRAFTS, draft_ids), (WIDE_COUNT, num_sampled),
-            (WIDE_REJECTED, num_rejected),
-        ):  # fmt: skip
-            if tensor is not None and tensor.dtype is wide:
-                flags |= bit
-        flags |= HAS_COUNT if num_sampled is not None else 0
-        flags |= HAS_REJECTED if num_rejected is not None else 0
+        flags = flags_of(sampled_ids, draft_ids, num_sampled, num_rejected)
         requests, columns = sampled_ids.shape
         mask, numbers, room, rows = verdict.place
         self.programs = 2 + max(0, requests - 1) // _JUDGED

@@ -55,3 +55,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "not_passed": sorted(name for name, outcome in outcomes.items() if outcome != "passed"),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No window is decided in one launch: graphs are captured for few requests too."""
+    monkeypatch.setattr("nwor_compile.scv.fits", lambda requests, ids: False)
+
+
+@pytest.fixture(params=["one launch", "graph"])
+def deciding(request: pytest.FixtureRequest) -> str:
+    """How windows of few requests are decided; by graphs only if `warm_up` was called."""
+    if request.param == "graph":
+        request.getfixturevalue("graphs_alone")
+    return str(request.param)

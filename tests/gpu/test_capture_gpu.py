@@ -210,7 +210,13 @@ def launched(call: Callable[[], object]) -> Counter[str]:
     return Counter(e.name for e in profile.events() if e.device_type == on_device)
 
 
-def test_launches_of_a_layer_and_of_a_step(model: Model, window: Window) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_launches_of_a_layer_and_of_a_step(
+    model: Model, window: Window, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """few: requests, whose windows are decided in one launch."""
+    if not few:
+        monkeypatch.setattr("nwor_compile.scv.fits", lambda requests, ids: False)
     run = compiled(model)
     for step, _ in variants(2):
         run_window(run, window, step)
@@ -238,8 +244,8 @@ def test_launches_of_a_layer_and_of_a_step(model: Model, window: Window) -> None
     assert rest == {}
     # Pointwise kernels of Inductor: the residual of a layer, and the tables once.
     assert number(forward, "^triton_") <= LAYERS + 2
-    assert number(commit, "^_commit_kernel") == 1
-    assert number(commit, "^_judge_kernel") == 1
+    deciding = ("_decide_kernel",) if few else ("_commit_kernel", "_judge_kernel")
+    assert commit == Counter(deciding)
 
 
 # ---- no waiting, and nothing staged by accident ------------------------------------------------

@@ -54,6 +54,7 @@ def step(r: Rig, accepted: list[int], dtype: torch.dtype, how: str, counted: boo
 FORMS = list(product((torch.int32, torch.int64), ("plain", "strided", "unaligned"), (True, False)))
 
 
+@pytest.mark.usefixtures("deciding")
 def test_steps_of_any_form_commit_the_same_rows() -> None:
     """Each form twice: the second time by kernels that were kept."""
     with rig(geometries=(GEOMETRY,), tail=True) as r:
@@ -69,7 +70,9 @@ def test_steps_of_any_form_commit_the_same_rows() -> None:
         assert r.window.validator.vectorised == {}
 
 
-def test_kept_kernels_are_those_that_triton_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_kernels_are_those_that_triton_takes(
+    deciding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared = compare_launches(monkeypatch)
     with rig(geometries=(GEOMETRY,), tail=True) as r:
         r.window.warm_up()
@@ -77,7 +80,8 @@ def test_kept_kernels_are_those_that_triton_takes(monkeypatch: pytest.MonkeyPatc
             step(r, SOME, *form)
             r.window.pass_through(r.batch.block_table)
     assert set(compared) == {
-        "_begin_kernel", "_redirect_kernel", "_judge_kernel", "_pass_kernel"
+        "_begin_kernel", "_redirect_kernel", "_pass_kernel",
+        "_decide_kernel" if deciding == "one launch" else "_judge_kernel",
     }  # fmt: skip
 
 

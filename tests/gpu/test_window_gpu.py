@@ -60,6 +60,21 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("accepted", [NONE, SOME, ALL])
+def test_one_launch_decides_what_the_host_loop_does(accepted: list[int], counted: bool) -> None:
+    outcomes = []
+    for scv in ("off", "graph"):
+        with rig(geometries=(GEOMETRY,), scv=scv) as r:
+            before = r.rows()
+            result = run(r, accepted, counted=counted)
+            assert r.holds(r.expected(before, accepted))
+            assert result.accepted.tolist() == accepted
+            assert r.window.validator.vectorised == {}
+            outcomes.append(outcome(r, result))
+    assert_same(*outcomes)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("accepted", [NONE, SOME, ALL])
 def test_a_captured_graph_decides_what_plain_launches_and_the_host_loop_do(
     accepted: list[int], counted: bool
 ) -> None:
@@ -91,6 +106,7 @@ def test_warm_up_changes_no_cache_counter_or_flag() -> None:
         assert r.window.tensors.error.item() == 0
 
 
+@pytest.mark.usefixtures("deciding")
 def test_a_graph_replays_for_later_windows_with_other_counts() -> None:
     """More requests first: nothing of them may show in a window of fewer."""
     with rig(geometries=(GEOMETRY,)) as r:
@@ -111,6 +127,7 @@ def test_a_graph_replays_for_later_windows_with_other_counts() -> None:
         assert r.window.validator.vectorised == {}
 
 
+@pytest.mark.usefixtures("deciding")
 def test_padded_draft_ids_take_a_larger_graph_rather_than_none() -> None:
     spans = [Span(5, 1, 3), Span(2, 1, 5)]
     with rig(spans, geometries=(GEOMETRY,)) as r:
@@ -127,6 +144,7 @@ def test_padded_draft_ids_take_a_larger_graph_rather_than_none() -> None:
         assert r.window.validator.vectorised == {}
 
 
+@pytest.mark.usefixtures("deciding")
 def test_too_few_draft_ids_are_found_by_a_graph_too() -> None:
     with rig(geometries=(GEOMETRY,)) as r:
         r.window.warm_up()
@@ -139,6 +157,7 @@ def test_too_few_draft_ids_are_found_by_a_graph_too() -> None:
         assert r.holds(r.expected(before, NONE))
 
 
+@pytest.mark.usefixtures("deciding")
 @pytest.mark.parametrize("columns", [6, 9, 40])
 def test_ids_of_any_width_and_strides_take_a_graph(columns: int) -> None:
     with rig(geometries=(GEOMETRY,)) as r:
@@ -155,15 +174,16 @@ def test_ids_of_any_width_and_strides_take_a_graph(columns: int) -> None:
         assert r.window.validator.vectorised == {}
 
 
+@pytest.mark.usefixtures("deciding")
 @pytest.mark.parametrize("fault", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 def test_counts_and_kept_ids_through_graph_plain_launches_and_host_loop(
     tail: bool, fault: bool
 ) -> None:
     """Draft ids from begin, and the engine's counts clamped to what was committed."""
-    outcomes = []
+    outcomes, earlier = [], []
     for scv, warm in (("off", False), ("graph", False), ("graph", True)):
-        with rig(geometries=(GEOMETRY, OTHER), scv=scv, tail=tail) as r:
+        with rig(geometries=(GEOMETRY,), scv=scv, tail=tail) as r:
             if warm:
                 r.window.warm_up()
             found: list[tuple[Any, ...]] = []
@@ -184,6 +204,7 @@ def test_counts_and_kept_ids_through_graph_plain_launches_and_host_loop(
                 kept = said.clamp(max=1) if fault else said
                 assert result.accepted.tolist() == (NONE if fault else accepted)
                 assert result.num_sampled.tolist() == kept.tolist()
+                earlier.append((result.num_sampled, kept.tolist()))
                 assert result.num_rejected.tolist() == (rejected + said - kept).tolist()
                 assert r.window.tensors.routing.row_map.eq(-1).all()
                 assert not r.window.tensors.routing.num_drafts.any()
@@ -193,6 +214,7 @@ def test_counts_and_kept_ids_through_graph_plain_launches_and_host_loop(
                 metrics = r.window.metrics().model_copy(update={"nwor_scv_vectorised": 0})
                 found.append((mask[:9], result.error.tolist(), metrics, rows))
             outcomes.append(found)
+    assert all(counts.tolist() == kept for counts, kept in earlier)  # the caller's from then on
     for other in outcomes[1:]:
         for mine, theirs in zip(outcomes[0], other, strict=True):
             assert mine[:3] == theirs[:3]
@@ -215,6 +237,7 @@ def test_an_error_commits_nothing_in_a_graph() -> None:
         assert r.holds(r.expected(before, SOME))
 
 
+@pytest.mark.usefixtures("graphs_alone")
 def test_adaptive_logs_both_times_for_each_size(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "nwor_compile")
     with rig(geometries=(GEOMETRY,), scv="adaptive") as r:
@@ -226,18 +249,21 @@ def test_adaptive_logs_both_times_for_each_size(caplog: pytest.LogCaptureFixture
         assert r.window.metrics().nwor_windows == 0
 
 
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("faster", [True, False])
 def test_adaptive_takes_the_faster_path_and_both_are_right(faster: bool) -> None:
     with rig(geometries=(GEOMETRY,), scv="adaptive") as r:
         r.window.warm_up()
-        for captured in r.window.validator.graphs.values():
-            captured.faster = faster
+        graphs = r.window.validator.graphs
+        for size, captured in graphs.items():
+            graphs[size] = captured._replace(faster=faster)
         before = r.rows()
         assert run(r, SOME).accepted.tolist() == SOME
         assert r.holds(r.expected(before, SOME))
         assert r.window.validator.vectorised == {}  # chosen, so no fallback
 
 
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("scv", ["graph", "adaptive"])
 def test_a_failed_capture_degrades_with_one_line_and_a_counter(
     scv: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -304,7 +330,7 @@ def test_invariant_7_nothing_waits_between_begin_and_commit(
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_counters_reach_a_file_in_memory_without_a_wait(
-    warm: bool, no_sync: Callable[[Callable[[], Any]], Any]
+    warm: bool, deciding: str, no_sync: Callable[[Callable[[], Any]], Any]
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, rig(geometries=(GEOMETRY,)) as r:
         file = SnapshotWriter(Path(folder, "engine"), r.window, engine=0, model="tiny")
@@ -326,7 +352,7 @@ def test_the_counters_reach_a_file_in_memory_without_a_wait(
         assert read(file.path).metrics().nwor_windows == 2
         file.close(keep=True)
         assert read(file.path).metrics() == r.window.metrics()
-        assert bool(r.window.validator.vectorised) is not warm
+        assert bool(r.window.validator.vectorised) is (deciding == "graph" and not warm)
 
 
 def test_invariant_7_scv_off_waits(no_sync: Callable[[Callable[[], Any]], Any]) -> None:

@@ -150,6 +150,7 @@ class RankProbe:
         if alone:
             object.__setattr__(window.tensors, "share_error", None)
             window.validator.graphs.clear()  # they have recorded the sharing
+            window.validator.prepared.clear()
         if self.rank != self.vllm_config.parallel_config.tensor_parallel_size - 1:
             return
         self.probe_every = every
@@ -172,8 +173,8 @@ class RankProbe:
     @torch.inference_mode()
     def probe_cost(self, requests: int) -> dict[str, Any]:
         """Microseconds that a commit without drafts takes on the device, alone and with a shared
-        flag, or why that failed. settle_us: many in one graph, one after the other; commit_us:
-        judge and graph, as a step launches them. All ranks must be asked at once."""
+        flag, or why that failed. settle_us: many in one graph, one after the other; commit_us: as
+        a step launches it. All ranks must be asked at once."""
         from nwor_compile.scv import GraphValidator
 
         window = self._probe_window()
@@ -220,7 +221,7 @@ def _committed_us(validator: Any, requests: int, drafts: int) -> float:
     given = torch.zeros(requests * drafts, dtype=torch.int64, device=device)
     ones = torch.ones(requests, dtype=torch.int32, device=device)
     zeros = torch.zeros_like(ones)
-    if not validator.graphs:
+    if not validator.graphs and not validator.in_one_launch(requests, given.shape[0]):
         raise RuntimeError(f"the commit was not captured: {validator.vectorised}")
     return _median_us(lambda: validator(ids, given, ones, zeros))
 

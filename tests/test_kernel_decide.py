@@ -1,0 +1,186 @@
+"""A window decided in one launch against its specification, judge and commit; on a GPU if there is
+one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import Geometry, Span, same_bits, write_arguments
+from torch import Tensor
+from window_support import ALL, MIXED, NONE, SOME, Rig, rig
+
+pytest.importorskip("triton")
+
+from nwor_compile.errors import WindowInputError
+from nwor_compile.ops import stage_kv_window
+from nwor_compile.ops.decide import MOST_IDS, MOST_REQUESTS, deciding, fits
+from nwor_compile.ops.error_bits import BAD_COUNTS, COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
+from nwor_compile.ops.kernels.decide import Deciding
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GEOMETRY = Geometry(device=DEVICE)
+GUARD = 77
+Change = Callable[[Rig], Any]
+
+
+def decided(make: Any, r: Rig, given: Sequence[Any], change: Change) -> list[Tensor]:
+    """All that a window leaves which `make` decides."""
+    r.begin()
+    for layer in r.layers:
+        stage_kv_window(**write_arguments(layer, r.batch))
+    change(r)
+    tensors = r.window.tensors
+    plan = tensors.deciding
+    assert plan is not None
+    plan.mask.fill_(True)
+    requests = given[0].shape[0]
+    memory = torch.full((3 * requests + 16,), GUARD, dtype=torch.int32, device=DEVICE)
+    numbers = memory[8:-8].view(3, requests)
+    mirror = torch.full(tensors.counters.shape, GUARD, pin_memory=DEVICE == "cuda")
+    make(plan, *given)(*given, numbers, mirror)
+    assert memory[:8].eq(GUARD).all()
+    assert memory[-8:].eq(GUARD).all()
+    assert torch.equal(tensors.counters.cpu(), mirror)
+    rows = [part for layer in r.layers for part in layer.cache.dump()]
+    found = [
+        numbers, plan.mask, tensors.error, tensors.counters, tensors.routing.row_map,
+        tensors.routing.num_drafts, tensors.drafts, tensors.state, *rows,
+    ]  # fmt: skip
+    found = [tensor.clone() for tensor in found]
+    r.window.abort()
+    return found
+
+
+def nothing(r: Rig) -> None:
+    """No fault."""
+
+
+def assert_decided_alike(
+    spans: Sequence[Span],
+    accepted: Sequence[int],
+    *,
+    change: Change = nothing,
+    tail: bool = False,
+    dtype: torch.dtype = torch.int64,
+    strided: bool = False,
+    counted: bool = True,
+    refused: bool = True,
+    ids: int | None = None,
+    shift: int = 0,
+    **options: Any,
+) -> list[Tensor]:
+    outcomes = []
+    for make in (deciding, Deciding):
+        options.setdefault("max_requests", len(spans))
+        with rig(spans, geometries=(GEOMETRY,), tail=tail, **options) as r:
+            sampling = r.sampling(accepted, counted=counted)
+            said = sampling.num_sampled
+            given: list[Any] = [
+                sampling.sampled_ids, r.batch.draft_ids.long()[:ids] + shift,
+                said, torch.arange(len(spans), device=DEVICE) if counted and refused else None,
+            ]  # fmt: skip
+            for index, tensor in enumerate(given):
+                if tensor is not None:
+                    tensor = tensor.to(dtype)
+                    apart = torch.stack([tensor, tensor], -1)[..., 0]
+                    given[index] = apart if strided else tensor
+            runs = [decided(make, r, given, change) for _ in range(2)]  # what is kept, too
+            outcomes.append([part for run in runs for part in run])
+    for index, (want, have) in enumerate(zip(*outcomes, strict=True)):
+        alike = same_bits(want, have) if want.is_floating_point() else torch.equal(want, have)
+        assert alike, index
+    return outcomes[1]
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("accepted", [NONE, SOME, ALL])
+def test_it_does_what_the_specification_says(
+    accepted: list[int], counted: bool, tail: bool
+) -> None:
+    found = assert_decided_alike(MIXED, accepted, tail=tail, counted=counted, max_requests=8)
+    assert found[0][0].tolist() == accepted
+    assert found[2].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_ids_and_counts_of_any_dtype_and_strides(
+    dtype: torch.dtype, strided: bool, refused: bool
+) -> None:
+    assert_decided_alike(MIXED, SOME, dtype=dtype, strided=strided, refused=refused)
+
+
+@pytest.mark.parametrize(("requests", "drafts"), [(1, 1), (16, 2), (17, 3), (64, 4), (3, 40)])
+def test_few_requests_and_as_many_as_there_may_be(requests: int, drafts: int) -> None:
+    """Lanes of both widths, tiles of one row and of four, spans longer than a pass."""
+    spans = [Span(3 + 5 * (r % 4), 1, drafts if r % 3 else drafts // 2) for r in range(requests)]
+    accepted = [span.drafts if r % 2 else span.drafts // 2 for r, span in enumerate(spans)]
+    found = assert_decided_alike(
+        spans, accepted, tail=True, layers=1, max_drafts=drafts, max_tokens=400
+    )
+    assert found[0][0].tolist() == accepted
+
+
+FAULTS: dict[str, tuple[Change, int]] = {
+    "begin": (lambda r: r.window.tensors.error.bitwise_or_(BAD_COUNTS), BAD_COUNTS),
+    "a layer staged too much": (lambda r: r.window.tensors.state[1, 0].add_(1), COUNT_MISMATCH),
+    "a layer met one too many": (lambda r: r.window.tensors.state[0, 1].add_(2), OVERFLOW),
+}
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_anywhere_moves_no_row(fault: str, tail: bool) -> None:
+    change, bit = FAULTS[fault]
+    found = assert_decided_alike(MIXED, ALL, change=change, tail=tail)
+    numbers, mask, error, *_ = found
+    assert error.item() == bit
+    assert not mask[: sum(span.drafts for span in MIXED)].any()
+    assert numbers[0].tolist() == NONE
+    assert numbers[1].max() == 1
+
+
+def test_ids_that_disagree_and_drafts_without_an_id() -> None:
+    assert int(assert_decided_alike(MIXED, ALL, shift=1)[2]) == ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, ALL, shift=2**40)[2]) == ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, ALL, ids=8)[2]) & ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, SOME, ids=0)[2]) & ID_MISMATCH
+
+
+def test_hundreds_of_layers() -> None:
+    def last(r: Rig) -> None:
+        r.window.tensors.state[-1, 0].add_(1)
+
+    spans = [Span(5, 1, 2)]
+    assert assert_decided_alike(spans, [2], layers=260)[2].item() == 0
+    assert assert_decided_alike(spans, [2], layers=260, change=last)[2].item() == COUNT_MISMATCH
+
+
+def test_what_fits() -> None:
+    assert fits(MOST_REQUESTS, MOST_IDS)
+    assert not fits(MOST_REQUESTS + 1, 1)
+    assert not fits(1, MOST_IDS + 1)
+
+
+def test_windows_that_are_not_decided_in_one_launch() -> None:
+    other = Geometry(head_size=16, device=DEVICE)
+    settings: list[dict[str, Any]] = [
+        {"geometries": (GEOMETRY, other)},
+        {"mode": "off"},
+        {"window": {"share_error": lambda flag: None}},
+    ]
+    for options in settings:
+        with rig(**{"geometries": (GEOMETRY,), **options}) as r:
+            assert r.window.tensors.deciding is None
+            assert not r.window.validator.in_one_launch(1, 4)
+    with rig(geometries=(GEOMETRY,)) as r:
+        assert r.window.validator.in_one_launch(6, 30)
+        r.window.tensors.mirrors.extend([r.window.tensors.counters] * 2)
+        assert not r.window.validator.in_one_launch(6, 30)
+        with pytest.raises(WindowInputError):
+            r.window.mirror_counters(torch.zeros(1))
