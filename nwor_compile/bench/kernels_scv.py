@@ -178,8 +178,8 @@ def measure(requests: int, *, seconds: float, replays: int) -> Measured:
         if fits(requests, requests * DRAFTS):
             # It goes by the drafts that begin noted, which an abort leaves: these layers staged.
             step.window.tensors.state[:, 0] = requests * DRAFTS
-            run = {"all in one launch": functools.partial(_repeated, step.decide)}
-            device |= compare(run, dict.fromkeys(run, STEPS), seconds=seconds, replays=replays)
+            alone: dict[str, Run] = {"all in one launch": functools.partial(_repeated, step.decide)}
+            device |= compare(alone, {"all in one launch": STEPS}, seconds=seconds, replays=replays)
             step.check()
         host = {
             "commit_kv": _host(lambda: None, step.op),
