@@ -46,6 +46,7 @@ _WIDE_SAMPLED, _WIDE_DRAFTS = tl.constexpr(WIDE_SAMPLED), tl.constexpr(WIDE_DRAF
 _CERTAIN = tl.constexpr(COUNTERS["certain"])
 _FIXED = tl.constexpr(FIXED)
 _REQUESTS = (16, MOST_REQUESTS)  # of a compiled kernel
+WARPS = 4
 
 
 # Addresses come as integers: NOTE [addresses] in `scv`.
@@ -147,6 +148,11 @@ def _decide_kernel(
     )  # fmt: skip
 
 
+def tile_rows(ids: int) -> int:
+    """Drafts of a program: each judges all, so there should be few programs, but enough."""
+    return 4 if ids >= MANY_ROWS else 1
+
+
 class DecideLaunch(NamedTuple):
     """How windows of one plan are decided.
 
@@ -171,14 +177,14 @@ def decide_launch(plan: DecidePlan) -> DecideLaunch:
         plan.row_map.shape[0], judging.drafts.shape[0], *common.strides,
     )  # fmt: skip
     return DecideLaunch(
-        KeptLaunch(_decide_kernel, judging.error.device, fixed),
+        KeptLaunch(_decide_kernel, judging.error.device, fixed, num_warps=WARPS),
         (
             meta["H"], meta["D"], meta["X"], meta["BLOCK_SIZE"], meta["BLOCK"],
             int(meta["ALIGNED"]), int(plan.rows is not None), judging.id_mismatch,
             judging.count_mismatch, judging.overflow,
         ),
         common.layers,
-        min(MAX_POSITIONS, 1 << judging.max_drafts.bit_length()),
+        min(MAX_POSITIONS, triton.next_power_of_2(judging.max_drafts)),
         judging.error.data_ptr(),
     )  # fmt: skip
 
@@ -199,7 +205,7 @@ class Deciding:
         self.kept, constants, layers, positions, self.somewhere = plan.launch
         requests, columns = sampled_ids.shape
         ids = draft_ids.shape[0]
-        rows = 4 if ids >= MANY_ROWS else 1
+        rows = tile_rows(ids)
         tiles = max(1, -(-ids // rows))
         lanes = next(lanes for lanes in _REQUESTS if lanes >= requests)
         flags = flags_of(sampled_ids, draft_ids, num_sampled, num_rejected)
