@@ -184,7 +184,7 @@ def decide_launch(plan: DecidePlan) -> DecideLaunch:
             judging.count_mismatch, judging.overflow,
         ),
         common.layers,
-        min(MAX_POSITIONS, triton.next_power_of_2(judging.max_drafts)),
+        min(MAX_POSITIONS, 1 << judging.max_drafts.bit_length()),
         judging.error.data_ptr(),
     )  # fmt: skip
 
