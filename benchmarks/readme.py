@@ -276,6 +276,7 @@ def _gpu_tests() -> str:
         ("gpu-tail-stress", ""),
         ("gpu-tests-captures", ""),
         ("gpu-window-memcheck", " under compute-sanitizer memcheck"),
+        ("gpu-decide-memcheck", " under compute-sanitizer memcheck"),
         ("gpu-window-racecheck", " under compute-sanitizer racecheck"),
         ("gpu-rope-memcheck", " under compute-sanitizer memcheck"),
         ("gpu-memcheck", " under compute-sanitizer memcheck, of kernels older than tail blocks"),
@@ -283,9 +284,9 @@ def _gpu_tests() -> str:
         path = newest(prefix)
         record = json.loads(path.read_text())
         counts = ", ".join(f"{number} {outcome}" for outcome, number in record["counts"].items())
-        parts.append(
-            f"`{record['command']}`{how}: {counts} ({record['date']}, `{path.relative_to(ROOT)}`)"
-        )
+        note = f"; {record['note']}" if set(record["counts"]) - {"passed", "skipped"} else ""
+        where = f"{record['date']}, `{path.relative_to(ROOT)}`{note}"
+        parts.append(f"`{record['command']}`{how}: {counts} ({where})")
     return "GPU tests on the same device: " + "; ".join(parts) + "."
 
 
