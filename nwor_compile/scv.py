@@ -12,12 +12,13 @@ After `validate`, `finish` or `host_loop` the routing is closed: every token is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from nwor_compile.capture import CAPTURE_ERRORS, capture
 from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
-from nwor_compile.ops.decide import DECIDING, Decide, DecidePlan, fits
+from nwor_compile.ops.decide import DECIDING, MOST_IDS, Decide, DecidePlan, fits, kinds
 from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
@@ -446,52 +447,57 @@ class GraphValidator:
         self.vectorised[reason] = self.vectorised.get(reason, 0) + 1
 
     def warm_up(self, sizes: Iterable[int]) -> None:
-        """For each number of requests in `sizes` compile the one launch, or capture a graph and, if
-        adaptive, time it.
+        """Compile the one launch, and capture a graph for each number of requests in `sizes` that
+        it does not do for; time the graph if adaptive.
 
         Call it before the first window. Counters and caches are unchanged.
         """
         if self.tensors.error.device.type != "cuda":
             self._run_vectorised("CUDA is missing")
             return
+        if self.one_launch and self.tensors.deciding is not None:
+            for requests in kinds(self.tensors.drafts.shape[0]):
+                self._compile(requests)
         for size in sorted(set(sizes)):
-            self._capture(size)
+            if not self.in_one_launch(size, self._ids(size)):
+                self._capture(size)
         self.graphs = dict(sorted(self.graphs.items()))
         self.prepared.clear()
 
+    def _ids(self, size: int) -> int:
+        """Drafts' ids of a window of so many requests that all have the most drafts."""
+        return min(size * self.max_drafts, self.tensors.batches[0].slots.shape[0] - 1)
+
+    def _compile(self, requests: int) -> None:
+        """Run the one launch for so many requests, whatever their drafts' ids come to."""
+        with _undone(self.tensors):
+            given = self._nothing(requests, min(self._ids(requests), MOST_IDS))
+            _one_launch(self.tensors, *given)(*given)
+
     def _capture(self, size: int) -> None:
-        tensors = self.tensors
-        kept = tensors.counters.clone(), tensors.error.clone(), tensors.drafts.clone()
-        device = tensors.error.device
-        rows = min(size * self.max_drafts, tensors.batches[0].slots.shape[0] - 1)
-        one_launch = self.in_one_launch(size, rows)
-        sampled = torch.full((size, self.max_drafts + 1), -1, dtype=torch.int64, device=device)
-        drafts = torch.zeros(rows, dtype=torch.int64, device=device)
-        given = (sampled, drafts, None, None)
-        verdict = verdict_buffers(size, rows, device)
+        tensors, rows = self.tensors, self._ids(size)
+        given = self._nothing(size, rows)
+        verdict = verdict_buffers(size, rows, tensors.error.device)
 
         def compile_all() -> None:
-            _judge(tensors, sampled, drafts, None, None, verdict)
+            _judge(tensors, *given, verdict)
             _settle(tensors, verdict)
 
-        try:
-            tensors.drafts.zero_()  # so what runs below moves nothing
-            if one_launch:
-                _one_launch(tensors, *given)(*given)
-                return
-            graph = capture(lambda: _settle(tensors, verdict), compile_all)
-            captured = _Captured(graph, verdict, rows)
-            if self.adaptive and not self._faster(size, captured, given):
-                captured = captured._replace(faster=False)
-            self.graphs[size] = captured
-        except CAPTURE_ERRORS as error:  # NWOR goes on without
-            self._run_vectorised(f"capture failed: {error}")
-        finally:
-            torch.cuda.synchronize()
-            for tensor, value in zip(
-                (tensors.counters, tensors.error, tensors.drafts), kept, strict=True
-            ):
-                tensor.copy_(value)
+        with _undone(tensors):
+            try:
+                graph = capture(lambda: _settle(tensors, verdict), compile_all)
+                captured = _Captured(graph, verdict, rows)
+                if self.adaptive and not self._faster(size, captured, given):
+                    captured = captured._replace(faster=False)
+                self.graphs[size] = captured
+            except CAPTURE_ERRORS as error:  # NWOR goes on without
+                self._run_vectorised(f"capture failed: {error}")
+
+    def _nothing(self, requests: int, ids: int) -> tuple[Tensor, Tensor, None, None]:
+        """What a sampler says that accepted nothing of so many ids."""
+        ints: dict[str, Any] = {"dtype": torch.int64, "device": self.tensors.error.device}
+        sampled = torch.full((requests, self.max_drafts + 1), -1, **ints)
+        return sampled, torch.zeros(ids, **ints), None, None
 
     def _faster(
         self, size: int, captured: _Captured, given: tuple[Tensor, Tensor, None, None]
@@ -504,6 +510,20 @@ class GraphValidator:
             size, graph_us, plain_us, "graph" if graph_us <= plain_us else "vectorised",
         )  # fmt: skip
         return graph_us <= plain_us
+
+
+@contextlib.contextmanager
+def _undone(tensors: WindowTensors) -> Iterator[None]:
+    """Commits in here find no drafts, so they move nothing, and what they leave is put back."""
+    changed = (tensors.counters, tensors.error, tensors.drafts)
+    kept = [tensor.clone() for tensor in changed]
+    tensors.drafts.zero_()
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
 
 
 def _replay(

@@ -20,7 +20,8 @@ from nwor_compile.ops.scv import JudgePlan, Verdict, judge
 if TYPE_CHECKING:
     from nwor_compile.ops.kernels.decide import DecideLaunch
 
-MOST_REQUESTS = 64  # that one vector of the kernel has
+LANES = (16, 64)  # requests that one vector has; each is a kernel to compile
+MOST_REQUESTS = LANES[-1]
 MOST_IDS = 512  # that every program reads again; more are judged by a launch of their own
 
 
@@ -48,6 +49,11 @@ class DecidePlan:
         from nwor_compile.ops.kernels.decide import decide_launch  # needs Triton
 
         return decide_launch(self)
+
+
+def kinds(max_requests: int) -> tuple[int, ...]:
+    """Numbers of requests, up to `max_requests`, one for each kernel that they may need."""
+    return tuple(most for most in (1, LANES[0] + 1) if most <= max_requests)
 
 
 def fits(requests: int, ids: int) -> bool:

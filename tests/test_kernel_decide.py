@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from nwor_compile.errors import WindowInputError
 from nwor_compile.ops import stage_kv_window
-from nwor_compile.ops.decide import MOST_IDS, MOST_REQUESTS, deciding, fits
+from nwor_compile.ops.decide import MOST_IDS, MOST_REQUESTS, deciding, fits, kinds
 from nwor_compile.ops.error_bits import BAD_COUNTS, COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.kernels.decide import Deciding
 
@@ -159,6 +159,26 @@ def test_hundreds_of_layers() -> None:
     spans = [Span(5, 1, 2)]
     assert assert_decided_alike(spans, [2], layers=260)[2].item() == 0
     assert assert_decided_alike(spans, [2], layers=260, change=last)[2].item() == COUNT_MISMATCH
+
+
+@pytest.mark.parametrize("max_drafts", [1, 4, 5, 40])
+def test_no_step_needs_a_kernel_that_no_warm_up_compiled(max_drafts: int) -> None:
+    with rig([Span(5, 1, 1)], max_requests=70, max_drafts=max_drafts, max_tokens=400) as r:
+        plan = r.window.tensors.deciding
+        assert plan is not None
+
+        def kernel(requests: int, ids: int, *, counted: bool = False) -> tuple[int, ...]:
+            said = torch.zeros(requests) if counted else None
+            given = (torch.zeros(requests, max_drafts + 1), torch.zeros(ids), said, said)
+            return Deciding(plan, *given).constants
+
+        compiled = {kernel(requests, max_drafts) for requests in kinds(r.window.max_requests)}
+        assert len(compiled) == 2
+        for requests in range(1, MOST_REQUESTS + 1):
+            for ids in (0, 1, requests, MOST_IDS):
+                assert kernel(requests, ids) in compiled
+                assert kernel(requests, ids, counted=True) in compiled
+    assert kinds(16) == (1,)
 
 
 def test_what_fits() -> None:

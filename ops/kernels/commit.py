@@ -37,7 +37,7 @@ _FIXED = tl.constexpr(FIXED)
 
 # From this many rows on, a program takes several: most rows of a large batch are rejected, and a
 # program a row would be mostly launches of empty blocks.
-MANY_ROWS = 128
+_MANY_ROWS = 128
 
 
 @triton.jit
@@ -285,7 +285,7 @@ def commit_batch(
     """`nwor_compile.ops.commit.commit_batch` in one launch."""
     constants = plan.constants
     moved, requests = mask.shape[0], accepted.shape[0]
-    tile = 4 if moved >= MANY_ROWS else 1
+    tile = 4 if moved >= _MANY_ROWS else 1
     tiles = (moved + tile - 1) // tile
     programs = tiles * constants.layers + (counters is not None) + (closing is not None)
     if programs == 0:

@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nwor_compile.ops.counters import COUNTERS, FIXED
-from nwor_compile.ops.decide import MOST_REQUESTS, DecidePlan
+from nwor_compile.ops.decide import LANES, DecidePlan
 from nwor_compile.ops.kernels.commit import (
-    MANY_ROWS,
     close_routing,
     constants_of,
     count_position,
@@ -45,8 +44,7 @@ from nwor_compile.ops.kernels.scv import (
 _WIDE_SAMPLED, _WIDE_DRAFTS = tl.constexpr(WIDE_SAMPLED), tl.constexpr(WIDE_DRAFTS)
 _CERTAIN = tl.constexpr(COUNTERS["certain"])
 _FIXED = tl.constexpr(FIXED)
-_REQUESTS = (16, MOST_REQUESTS)  # of a compiled kernel
-WARPS = 4
+_SHORT = 4  # drafts
 
 
 # Addresses come as integers: NOTE [addresses] in `scv`.
@@ -148,21 +146,18 @@ def _decide_kernel(
     )  # fmt: skip
 
 
-def tile_rows(ids: int) -> int:
-    """Drafts of a program: each judges all, so there should be few programs, but enough."""
-    return 4 if ids >= MANY_ROWS else 1
-
-
 class DecideLaunch(NamedTuple):
     """How windows of one plan are decided.
 
-    constants: but for the last three. somewhere: stands for addresses that are not used.
+    constants: but for the last three. short: few drafts a request. somewhere: stands for addresses
+    that are not used.
     """
 
     kept: KeptLaunch
     constants: tuple[int, ...]
     layers: int
     positions: int
+    short: bool
     somewhere: int
 
 
@@ -177,7 +172,7 @@ def decide_launch(plan: DecidePlan) -> DecideLaunch:
         plan.row_map.shape[0], judging.drafts.shape[0], *common.strides,
     )  # fmt: skip
     return DecideLaunch(
-        KeptLaunch(_decide_kernel, judging.error.device, fixed, num_warps=WARPS),
+        KeptLaunch(_decide_kernel, judging.error.device, fixed, num_warps=4),
         (
             meta["H"], meta["D"], meta["X"], meta["BLOCK_SIZE"], meta["BLOCK"],
             int(meta["ALIGNED"]), int(plan.rows is not None), judging.id_mismatch,
@@ -185,6 +180,7 @@ def decide_launch(plan: DecidePlan) -> DecideLaunch:
         ),
         common.layers,
         min(MAX_POSITIONS, 1 << judging.max_drafts.bit_length()),
+        judging.max_drafts <= _SHORT,
         judging.error.data_ptr(),
     )  # fmt: skip
 
@@ -202,12 +198,14 @@ class Deciding:
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> None:
-        self.kept, constants, layers, positions, self.somewhere = plan.launch
+        self.kept, constants, layers, positions, short, self.somewhere = plan.launch
         requests, columns = sampled_ids.shape
         ids = draft_ids.shape[0]
-        rows = tile_rows(ids)
+        lanes = next(lanes for lanes in LANES if lanes >= requests)
+        # Every program judges all requests: few programs, but enough for the device. Not by `ids`,
+        # or a step might need a kernel that no warm-up compiled.
+        rows = 1 if short and lanes == LANES[0] else 4
         tiles = max(1, -(-ids // rows))
-        lanes = next(lanes for lanes in _REQUESTS if lanes >= requests)
         flags = flags_of(sampled_ids, draft_ids, num_sampled, num_rejected)
         self.programs = 1 + tiles * layers
         self.sizes = (flags, requests, columns, ids, tiles)
