@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -269,6 +269,13 @@ def host_loop(
     )
 
 
+def _either(given: Tensor | None, kept: Tensor | None) -> Tensor:
+    ids = kept if given is None else given
+    if ids is None:
+        raise ValueError("draft_ids: expected a tensor, as in the first call of this form")
+    return ids
+
+
 class _Captured(NamedTuple):
     """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes.
 
@@ -291,7 +298,7 @@ class _Replay(NamedTuple):
     tensors: WindowTensors
     graph: torch.cuda.CUDAGraph
     judge: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
-    ids: Tensor
+    ids: Tensor | None
     accepted: Tensor
     mask: Tensor
     counts: Tensor
@@ -307,9 +314,8 @@ class _Replay(NamedTuple):
         """Commit with arguments that look like those it was prepared for."""
         # The judge reads the caller's tensors where they are and fills the graph's whole verdict,
         # so no input is copied, and nothing of an earlier window is left.
-        ids = self.ids if draft_ids is None else draft_ids
         with span("nwor.accept"):
-            self.judge(sampled_ids, ids, num_sampled, num_rejected)
+            self.judge(sampled_ids, _either(draft_ids, self.ids), num_sampled, num_rejected)
         with span("nwor.commit"):
             self.graph.replay()
         tensors = self.tensors
@@ -329,7 +335,7 @@ class _OneLaunch(NamedTuple):
 
     tensors: WindowTensors
     decide: Decide
-    ids: Tensor
+    ids: Tensor | None
     mask: Tensor
     requests: int
     given: tuple[bool, bool]
@@ -347,8 +353,8 @@ class _OneLaunch(NamedTuple):
         numbers = torch.empty(3, self.requests, dtype=torch.int32, device=error.device)
         with span("nwor.commit"):
             self.decide(
-                sampled_ids, self.ids if draft_ids is None else draft_ids, num_sampled,
-                num_rejected, numbers, tensors.mirrors[0] if tensors.mirrors else None,
+                sampled_ids, _either(draft_ids, self.ids), num_sampled, num_rejected, numbers,
+                tensors.mirrors[0] if tensors.mirrors else None,
             )  # fmt: skip
         accepted, kept, rejected = numbers.unbind(0)
         return Committed(
@@ -401,6 +407,8 @@ class GraphValidator:
             return known(*given)
         ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
         prepared = self._prepare(sampled_ids, ids, num_sampled, num_rejected)
+        if prepared is not None and draft_ids is not None:
+            prepared = prepared._replace(ids=None)  # the caller's, who brings others
         if prepared is None:
             return validate(self.tensors, sampled_ids, ids, num_sampled, num_rejected)
         if form is not None:
@@ -429,9 +437,16 @@ class GraphValidator:
 
     def in_one_launch(self, requests: int, ids: int) -> bool:
         """Whether a window of so many requests and drafts' ids is decided in one launch."""
-        if not self.one_launch or len(self.tensors.mirrors) > 1 or self.tensors.deciding is None:
+        if not self.one_launch or self.tensors.deciding is None:
             return False
-        return fits(requests, ids)
+        # The kernel stores to the mirror by itself.
+        reachable = all(mirror.is_pinned() for mirror in self.tensors.mirrors)
+        return reachable and fits(requests, ids)
+
+    def forget(self) -> None:
+        """Drop all graphs, and what is kept of calls."""
+        self.graphs.clear()
+        self.prepared.clear()
 
     def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
         requests, drafts = sampled_ids.shape[0], draft_ids.shape[0]
@@ -455,7 +470,7 @@ class GraphValidator:
         if self.tensors.error.device.type != "cuda":
             self._run_vectorised("CUDA is missing")
             return
-        if self.one_launch and self.tensors.deciding is not None:
+        if self.in_one_launch(1, 1):
             for requests in kinds(self.tensors.drafts.shape[0]):
                 self._compile(requests)
         for size in sorted(set(sizes)):
@@ -485,7 +500,8 @@ class GraphValidator:
 
         with _undone(tensors):
             try:
-                graph = capture(lambda: _settle(tensors, verdict), compile_all)
+                run = partial(_settle, tensors, verdict)
+                graph = capture(run, compile_all, device=tensors.error.device)
                 captured = _Captured(graph, verdict, rows)
                 if self.adaptive and not self._faster(size, captured, given):
                     captured = captured._replace(faster=False)

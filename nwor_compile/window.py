@@ -148,6 +148,7 @@ class Window:
         # Of the last arguments that were found right: another step's mostly look the same.
         self._right_begin: Hashable = None
         self._right_commit: Hashable = None
+        self._said_commit: Hashable = None  # what the caller called them
         self._right_pass: Hashable = None
         self._registered: list[Tensor] = []
         self._direct: list[Tensor] = []
@@ -246,10 +247,10 @@ class Window:
         opening.check(self._limits)
         config, graph = self.config, None
         plain = self.tensors.staging and config.poison == "off" and not config.debug
-        if plain and opening.starts.is_cuda:
+        if plain and self._can_capture():
             kept = self.tensors.counters.clone()
             try:
-                graph = capture(lambda: self._route(opening))
+                graph = capture(lambda: self._route(opening), device=opening.starts.device)
             except CAPTURE_ERRORS as error:  # NWOR goes on without
                 log.warning("NWOR: %r begins without a graph: capture failed: %s", name, error)
             finally:
@@ -284,6 +285,9 @@ class Window:
             self._open(opening, requests or most, lambda: self._route(opening))
         else:
             self._open(opening, requests or most, graph.replay)
+
+    def _can_capture(self) -> bool:
+        return self.tensors.error.is_cuda
 
     def _open(self, opening: Opening, requests: int, run: Callable[[], None]) -> None:
         self._knows_ids = opening.ids is not None
@@ -413,22 +417,32 @@ class Window:
     def mirror_counters(self, host: Tensor) -> None:
         """From now on leave a copy of the counters in `host`, like `tensors.counters`, after every
         commit; SCV graphs make it too. What an aborted window counted comes with the next commit.
-        On CUDA it must be memory that the device can write to (pinned): a capture fails without.
+        On CUDA it must be memory that the device can write to (pinned): a capture fails without,
+        and no window is decided in one launch.
 
-        Raises WindowOrderError while a window is open and once there are SCV graphs, which would
-        not know it; WindowInputError if it does not fit.
+        Raises WindowOrderError while a window is open, if there is a mirror, and once there are SCV
+        graphs, which would not know it; WindowInputError if it does not fit.
         """
         self._expect(State.IDLE, "mirror_counters")
         counters = self.tensors.counters
         if self.validator.graphs:
             raise WindowOrderError("mirror_counters: graphs were captured: call it before warm_up")
-        if host.device.type != "cpu" or (host.shape, host.dtype) != (counters.shape, torch.int64):
+        if self.tensors.mirrors:
+            raise WindowOrderError("mirror_counters: this window has a mirror: stop_mirror first")
+        fits = (host.shape, host.dtype) == (counters.shape, torch.int64) and host.is_contiguous()
+        if host.device.type != "cpu" or not fits:
             raise WindowInputError(
-                f"mirror_counters: expected int64 {list(counters.shape)} on the host, got "
-                f"{host.dtype} {list(host.shape)} on {host.device}"
+                f"mirror_counters: expected int64 {list(counters.shape)} on the host, contiguous, "
+                f"got {host.dtype} {list(host.shape)}, strides {host.stride()}, on {host.device}"
             )
         self.tensors.mirrors.append(host)
         self.validator.prepared.clear()
+
+    def stop_mirror(self) -> None:
+        """Leave no more copies of the counters. SCV graphs, which make them, are dropped."""
+        if self.tensors.mirrors:
+            self.tensors.mirrors.clear()
+            self.validator.forget()
 
     def metrics(self) -> Metrics:
         """The counters now. Synchronises with the device."""
@@ -550,28 +564,26 @@ class Window:
         num_rejected: Tensor | None,
         form: Hashable,
     ) -> Committed:
-        if form is None:
-            form = (
-                form_of(sampled_ids), form_of(draft_ids), form_of(num_sampled),
-                form_of(num_rejected),
-            )  # fmt: skip
-        form = self._requests, self._knows_ids, form
-        if form != self._right_commit:
-            problem = self._problem(sampled_ids, draft_ids, num_sampled, num_rejected)
-            if problem:
-                return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
-            self._right_commit = form
-            columns = sampled_ids.shape[1]
-            # The counts are on the device; this many drafts are the most that one request can have.
-            given = self.capacity if draft_ids is None else draft_ids.shape[0]
-            longest = min(self.max_drafts, given)
-            if columns < longest + 1:
-                self._log.warn_columns(columns, longest)
+        given = (sampled_ids, draft_ids, num_sampled, num_rejected)
+        short = None if form is None else (self._requests, self._knows_ids, form)
+        if short is None or short != self._said_commit:
+            whole = (self._requests, self._knows_ids, *[form_of(each) for each in given])
+            if whole != self._right_commit:
+                problem = self._problem(*given)
+                if problem:
+                    return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
+                self._right_commit = whole
+                columns = sampled_ids.shape[1]
+                # The counts are on the device; this many drafts are the most that one request can
+                # have.
+                ids = self.capacity if draft_ids is None else draft_ids.shape[0]
+                longest = min(self.max_drafts, ids)
+                if columns < longest + 1:
+                    self._log.warn_columns(columns, longest)
+            self._said_commit = short
         if self.config.scv == "off":
-            return host_loop(self.tensors, sampled_ids, draft_ids, num_sampled, num_rejected)
-        return self.validator(
-            sampled_ids, draft_ids, num_sampled, num_rejected, form=self._right_commit
-        )
+            return host_loop(self.tensors, *given)
+        return self.validator(*given, form=self._right_commit)
 
     def _problem(
         self,

@@ -605,6 +605,34 @@ def test_a_replay_of_the_same_form_takes_the_new_arguments(
         assert r.holds(r.expected(before, ALL))
 
 
+def test_a_form_means_what_the_caller_last_meant_by_it(
+    replaying: Callable[[Any], None],
+) -> None:
+    """Forms a, b, a, and the second a is of another dtype, or without counts."""
+    with rig() as r:
+        replaying(r.window)
+        for turn, (form, dtype, counted) in enumerate(
+            (
+                ("a", torch.int32, True), ("b", torch.int64, True), ("a", torch.int64, True),
+                ("b", torch.int32, True), ("a", torch.int64, False), ("b", torch.int64, True),
+            )
+        ):  # fmt: skip
+            accepted = (SOME, ALL)[turn % 2]
+            r.new_rows(seed=turn)
+            before, sampling = r.rows(), r.sampling(accepted, counted=counted)
+            said = sampling.num_sampled
+            r.begin()
+            r.forward()
+            result = r.window.commit(
+                sampling.sampled_ids.to(dtype), r.batch.draft_ids,
+                None if said is None else said.to(dtype), form=form,
+            )  # fmt: skip
+            assert (result.accepted.tolist(), result.error.tolist()) == (accepted, [0])
+            assert (result.num_sampled is None) == (not counted)
+            assert r.holds(r.expected(before, accepted))
+        assert r.window.fallbacks == 0
+
+
 def test_a_commit_under_capture_replays_no_graph(
     replaying: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

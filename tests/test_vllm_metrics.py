@@ -393,6 +393,17 @@ def test_a_mirror_fits_and_comes_before_the_graphs(staging: Rig) -> None:
         window.mirror_counters(right)
     window.validator.graphs.clear()
     assert window.tensors.mirrors == []
+    strided = torch.zeros(2 * size, dtype=torch.int64)[::2]
+    with pytest.raises(WindowInputError, match=r"contiguous, got .* strides \(2,\)"):
+        window.mirror_counters(strided)
+    window.mirror_counters(right)
+    with pytest.raises(WindowOrderError, match="this window has a mirror"):
+        window.mirror_counters(torch.zeros_like(right))
+    window.validator.graphs[1] = None  # type: ignore[assignment]
+    window.stop_mirror()
+    assert window.tensors.mirrors == []
+    assert window.validator.graphs == {}  # one of them would go on copying
+    window.mirror_counters(right)
 
 
 def test_a_mapped_file_is_registered_for_as_long_as_it_is_mapped(

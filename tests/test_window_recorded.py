@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,7 +70,17 @@ def test_it_leaves_what_begin_leaves(made: tuple[Rig, Kept]) -> None:
             assert torch.equal(mine, theirs)
 
 
-def test_recording_changes_no_cache_and_no_counter(made: tuple[Rig, Kept]) -> None:
+class Replayed:
+    """A graph that needs no CUDA: what it does at replay is what was called for it."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.replay = run
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_recording_changes_no_cache_and_no_counter(
+    made: tuple[Rig, Kept], captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r, kept = made
     take(r, kept, FIRST, seed=1)
     r.begin(token_ids=kept.ids)
@@ -78,15 +88,73 @@ def test_recording_changes_no_cache_and_no_counter(made: tuple[Rig, Kept]) -> No
     commit(r, [3, 0, 0, 1])
     rows, metrics = r.rows(), r.window.metrics()
     take(r, kept, SECOND, seed=2)
+
+    def capture(run: Callable[[], object], *, device: torch.device) -> Replayed:
+        run()
+        assert r.window.tensors.routing.num_drafts.any()
+        return Replayed(run)
+
+    if captured:
+        monkeypatch.setattr(r.window, "_can_capture", lambda: True)
+        monkeypatch.setattr("nwor_compile.window.capture", capture)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     r.window.record_begin("two", **kept.arguments(2))
+    assert (r.window._recorded["two"].graph is not None) == captured
     assert r.holds(rows)
     assert r.window.metrics() == metrics
     assert r.window.state is State.IDLE
+    assert not r.window.tensors.routing.num_drafts.any()
     r.forward()  # outside a window: every row goes straight to the cache
     assert r.holds(r.expected(rows, [2, 4]))
     r.window.begin_recorded("two")
     r.forward()
     assert commit(r, [1, 0]).accepted.tolist() == [1, 0]
+
+
+def test_a_capture_that_fails_is_one_line_and_the_opening_is_enqueued(
+    made: tuple[Rig, Kept], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r, kept = made
+
+    def fail(run: Callable[[], object], *, device: torch.device) -> None:
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(r.window, "_can_capture", lambda: True)
+        patch.setattr("nwor_compile.window.capture", fail)
+        take(r, kept, FIRST, seed=1)
+        metrics = r.window.metrics()
+        r.window.record_begin("six", **kept.arguments(6))
+    assert len([x for x in caplog.records if "capture failed" in x.getMessage()]) == 1
+    assert r.window.metrics() == metrics
+    before = r.rows()
+    r.window.begin_recorded("six", len(FIRST))
+    r.forward()
+    assert commit(r, [3, 0, 2, 0]).accepted.tolist() == [3, 0, 2, 0]
+    assert r.holds(r.expected(before, [3, 0, 2, 0]))
+
+
+def test_slots_of_several_groups() -> None:
+    groups = {"layers.0": "full", "layers.1": "sliding"}
+    with rig(THIRD, window={"groups": groups}) as r:
+        kept = Kept(r)
+        slots = {"full": kept.slots, "sliding": kept.slots.clone()}
+        arguments = {**kept.arguments(6), "slot_mapping": slots, "block_table": None}
+        r.window.record_begin("six", **arguments)
+        take(r, kept, SECOND, seed=1)
+        slots["sliding"].copy_(kept.slots)
+        before = r.rows()
+        r.window.begin_recorded("six", 2)
+        r.forward()
+        assert commit(r, [2, 3]).accepted.tolist() == [2, 3]
+        assert r.holds(r.expected(before, [2, 3]))
+        slots["sliding"].fill_(-1)  # each group goes by its own
+        r.window.begin_recorded("six", 2)
+        own = {batch.group: batch.slots for batch in r.window.tensors.batches}
+        assert (own["full"] >= 0).sum() == 6
+        assert (own["sliding"] < 0).all()
+        r.window.abort()
 
 
 def test_recording_again_replaces(made: tuple[Rig, Kept]) -> None:

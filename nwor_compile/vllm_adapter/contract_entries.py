@@ -297,6 +297,10 @@ CUDA: tuple[Entry, ...] = (
         until=CUDA_END,
     ),
     Text(
+        V2_RUNNER, "GPUModelRunner.prepare_inputs",
+        "query_start_loc_np[num_reqs + 1 :] = num_tokens", until=CUDA_END,
+    ),
+    Text(
         V2_INPUT_BATCH, "_prepare_pos_seq_lens_kernel",
         "tl.store(seq_lens_ptr + block, 0, mask=mask)", until=CUDA_END,
     ),

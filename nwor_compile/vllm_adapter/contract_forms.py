@@ -71,7 +71,7 @@ class CustomOp(Span):
 
 @dataclass(frozen=True)
 class Text(Span):
-    """An expression that the function or class `name` must contain."""
+    """An expression, or an assignment, that the function or class `name` must contain."""
 
     path: str
     name: str
@@ -95,7 +95,8 @@ def broken(entry: Entry, root: Path) -> str:
     if isinstance(entry, Function):
         return _broken_function(entry, scope)
     if isinstance(entry, Text):
-        wanted = ast.parse(entry.expression, mode="eval").body
+        (statement,) = ast.parse(entry.expression).body
+        wanted = statement.value if isinstance(statement, ast.Expr) else statement
         there = any(
             type(node) is type(wanted) and ast.dump(node) == ast.dump(wanted)
             for node in ast.walk(scope)

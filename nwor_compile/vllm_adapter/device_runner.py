@@ -45,6 +45,10 @@ class DeviceRunnerHooks(RunnerHooks):
         ):
             patches.wrap(self.runner, f"GPUModelRunner.{name}", hook)
 
+    def _open(self, kv_cache_config: Any) -> None:
+        self._places = ()  # of an earlier window's; this one has nothing recorded yet
+        super()._open(kv_cache_config)
+
     def _kernel_block_sizes(self) -> list[int]:
         return list(self.runner.kernel_block_sizes)
 

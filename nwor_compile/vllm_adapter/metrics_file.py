@@ -106,7 +106,7 @@ class SnapshotWriter:
         window = self.window
         if keep:
             self.publish()
-        window.tensors.mirrors.clear()
+        window.stop_mirror()
         if self._unpin is not None:
             torch.cuda.synchronize()  # commits under way still write there
             self._unpin()

@@ -57,7 +57,7 @@ def _begin_kernel(
 ):  # fmt: skip
     """Program i routes request i, the last one fills; without FIRST they only copy slots.
 
-    COUNTS: what `num_drafts` is, one of the numbers below. TAIL_BLOCK: 0, or the block size of the
+    COUNTS: what `num_drafts` is, one of the numbers above. TAIL_BLOCK: 0, or the block size of the
     tail blocks, TAIL_ROWS of whose rows a request has.
     """
     r = tl.arange(0, R)
