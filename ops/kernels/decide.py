@@ -110,7 +110,7 @@ def _decide_kernel(
         mark(mask, real, start, own, taken, ids, K)
         refuse(mask, tl.minimum(total, ids), ids, 256)
         close_routing(row_map, open_drafts, tokens, max_requests, 1024)
-        copy = mirror.to(counters.dtype)
+        copy = mirror.to(tl.int64).to(counters.dtype)  # the interpreter has 0 as int32
         mirrored = tl.where(mirror != 0, 1, 0)
         rest = _CERTAIN + tl.arange(0, _FIXED - _CERTAIN)  # that no commit adds to
         tl.store(copy + rest, tl.load(counters + rest), mask=rest < mirrored * _FIXED)
