@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -137,7 +137,8 @@ def validate(
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], tensors.error.device)
     _judge(tensors, sampled_ids, ids, num_sampled, num_rejected, verdict)
     _settle(tensors, verdict)
-    return _committed(tensors, verdict, num_sampled is not None, num_rejected is not None)
+    numbers = (verdict.accepted, verdict.num_sampled, verdict.num_rejected)
+    return _committed(tensors, verdict.mask, numbers, num_sampled, num_rejected)
 
 
 def finish(
@@ -165,7 +166,8 @@ def finish(
         verdict.num_rejected.copy_(num_rejected)
     tensors.error.bitwise_or_(bits | layer_faults(tensors.judging))
     _settle(tensors, verdict)
-    return _committed(tensors, verdict, num_sampled is not None, num_rejected is not None)
+    numbers = (verdict.accepted, verdict.num_sampled, verdict.num_rejected)
+    return _committed(tensors, verdict.mask, numbers, num_sampled, num_rejected)
 
 
 def _ids(tensors: WindowTensors, draft_ids: Tensor | None, requests: int) -> Tensor:
@@ -219,15 +221,18 @@ def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
 
 
 def _committed(
-    tensors: WindowTensors, verdict: Verdict, sampled_given: bool, rejected_given: bool
+    tensors: WindowTensors,
+    mask: Tensor,
+    numbers: Sequence[Tensor],
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
 ) -> Committed:
+    """numbers: accepted, and the counts as they came out, which the caller has if it gave them."""
+    accepted, kept, rejected = numbers
     return Committed(
-        verdict.accepted,
-        verdict.mask,
-        tensors.error,
-        verdict.num_sampled if sampled_given else None,
-        verdict.num_rejected if rejected_given else None,
-    )
+        accepted, mask, tensors.error, None if num_sampled is None else kept,
+        None if num_rejected is None else rejected,
+    )  # fmt: skip
 
 
 def host_loop(
@@ -269,13 +274,6 @@ def host_loop(
     )
 
 
-def _either(given: Tensor | None, kept: Tensor | None) -> Tensor:
-    ids = kept if given is None else given
-    if ids is None:
-        raise ValueError("draft_ids: expected a tensor, as in the first call of this form")
-    return ids
-
-
 class _Captured(NamedTuple):
     """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes.
 
@@ -291,23 +289,21 @@ class _Captured(NamedTuple):
 class _Replay(NamedTuple):
     """A judgement and a replay, as far as shapes and dtypes of the arguments say what they are.
 
-    ids: the drafts' ids where the caller gives none. accepted, mask, counts: the parts of the
-    graph's verdict that a step of this form has; counts `[2, R]`. given: which counts are.
+    accepted, mask, counts: the parts of the graph's verdict that a step of this form has; counts
+    `[2, R]`.
     """
 
     tensors: WindowTensors
     graph: torch.cuda.CUDAGraph
     judge: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
-    ids: Tensor | None
     accepted: Tensor
     mask: Tensor
     counts: Tensor
-    given: tuple[bool, bool]
 
     def __call__(
         self,
         sampled_ids: Tensor,
-        draft_ids: Tensor | None,
+        draft_ids: Tensor,
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> Committed:
@@ -315,52 +311,38 @@ class _Replay(NamedTuple):
         # The judge reads the caller's tensors where they are and fills the graph's whole verdict,
         # so no input is copied, and nothing of an earlier window is left.
         with span("nwor.accept"):
-            self.judge(sampled_ids, _either(draft_ids, self.ids), num_sampled, num_rejected)
+            self.judge(sampled_ids, draft_ids, num_sampled, num_rejected)
         with span("nwor.commit"):
             self.graph.replay()
-        tensors = self.tensors
-        if not any(self.given):
-            return Committed(self.accepted, self.mask, tensors.error)
+        if num_sampled is None:
+            return Committed(self.accepted, self.mask, self.tensors.error)
         # A copy: an engine may hand these to another stream, which the next commit, that overwrites
         # the graph's, does not wait for.
-        kept, rejected = self.counts.clone().unbind(0)
-        return Committed(
-            self.accepted, self.mask, tensors.error, kept if self.given[0] else None,
-            rejected if self.given[1] else None,
-        )  # fmt: skip
+        numbers = (self.accepted, *self.counts.clone().unbind(0))
+        return _committed(self.tensors, self.mask, numbers, num_sampled, num_rejected)
 
 
 class _OneLaunch(NamedTuple):
-    """The same for windows that are decided in one launch. given: which counts are."""
+    """The same for windows that are decided in one launch."""
 
     tensors: WindowTensors
     decide: Decide
-    ids: Tensor | None
     mask: Tensor
-    requests: int
-    given: tuple[bool, bool]
 
     def __call__(
         self,
         sampled_ids: Tensor,
-        draft_ids: Tensor | None,
+        draft_ids: Tensor,
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> Committed:
         """Commit with arguments that look like those it was prepared for."""
-        tensors = self.tensors
-        error = tensors.error
-        numbers = torch.empty(3, self.requests, dtype=torch.int32, device=error.device)
+        given = (sampled_ids, draft_ids, num_sampled, num_rejected)
+        tensors, requests = self.tensors, sampled_ids.shape[0]
+        numbers = torch.empty(3, requests, dtype=torch.int32, device=tensors.error.device)
         with span("nwor.commit"):
-            self.decide(
-                sampled_ids, _either(draft_ids, self.ids), num_sampled, num_rejected, numbers,
-                tensors.mirrors[0] if tensors.mirrors else None,
-            )  # fmt: skip
-        accepted, kept, rejected = numbers.unbind(0)
-        return Committed(
-            accepted, self.mask, error, kept if self.given[0] else None,
-            rejected if self.given[1] else None,
-        )  # fmt: skip
+            self.decide(*given, numbers, tensors.mirrors[0] if tensors.mirrors else None)
+        return _committed(tensors, self.mask, numbers.unbind(0), num_sampled, num_rejected)
 
 
 _KEPT_FORMS = 1024
@@ -376,7 +358,7 @@ class GraphValidator:
     logged once and counted in `vectorised` by reason.
 
     one_launch: False to have graphs for few requests too. prepared: what calls of a form ran, for
-    further ones.
+    further ones. own_ids: by requests, the drafts' ids where the caller gives none.
     """
 
     tensors: WindowTensors
@@ -386,6 +368,7 @@ class GraphValidator:
     graphs: dict[int, _Captured] = field(default_factory=dict)
     vectorised: dict[str, int] = field(default_factory=dict)
     prepared: dict[Hashable, _Replay | _OneLaunch] = field(default_factory=dict)
+    own_ids: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -401,20 +384,21 @@ class GraphValidator:
         form: an object that stands for the shapes, dtypes and devices of the arguments: calls that
             have the same one agree in them.
         """
+        if draft_ids is None:
+            requests = sampled_ids.shape[0]
+            if requests not in self.own_ids:
+                self.own_ids[requests] = _ids(self.tensors, None, requests)
+            draft_ids = self.own_ids[requests]
         given = (sampled_ids, draft_ids, num_sampled, num_rejected)
-        known = self.prepared.get(form)
-        if known is not None and not torch.cuda.is_current_stream_capturing():
-            return known(*given)
-        ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
-        prepared = self._prepare(sampled_ids, ids, num_sampled, num_rejected)
-        if prepared is not None and draft_ids is not None:
-            prepared = prepared._replace(ids=None)  # the caller's, who brings others
-        if prepared is None:
-            return validate(self.tensors, sampled_ids, ids, num_sampled, num_rejected)
-        if form is not None:
-            if len(self.prepared) >= _KEPT_FORMS:
-                self.prepared.clear()
-            self.prepared[form] = prepared
+        prepared = self.prepared.get(form)
+        if prepared is None or torch.cuda.is_current_stream_capturing():
+            prepared = self._prepare(*given)
+            if prepared is None:
+                return validate(self.tensors, *given)
+            if form is not None:
+                if len(self.prepared) >= _KEPT_FORMS:
+                    self.prepared.clear()
+                self.prepared[form] = prepared
         return prepared(*given)
 
     def _prepare(
@@ -474,23 +458,23 @@ class GraphValidator:
             for requests in kinds(self.tensors.drafts.shape[0]):
                 self._compile(requests)
         for size in sorted(set(sizes)):
-            if not self.in_one_launch(size, self._ids(size)):
+            if not self.in_one_launch(size, self._most_ids(size)):
                 self._capture(size)
         self.graphs = dict(sorted(self.graphs.items()))
         self.prepared.clear()
 
-    def _ids(self, size: int) -> int:
+    def _most_ids(self, size: int) -> int:
         """Drafts' ids of a window of so many requests that all have the most drafts."""
         return min(size * self.max_drafts, self.tensors.batches[0].slots.shape[0] - 1)
 
     def _compile(self, requests: int) -> None:
         """Run the one launch for so many requests, whatever their drafts' ids come to."""
         with _undone(self.tensors):
-            given = self._nothing(requests, min(self._ids(requests), MOST_IDS))
+            given = self._nothing(requests, min(self._most_ids(requests), MOST_IDS))
             _one_launch(self.tensors, *given)(*given)
 
     def _capture(self, size: int) -> None:
-        tensors, rows = self.tensors, self._ids(size)
+        tensors, rows = self.tensors, self._most_ids(size)
         given = self._nothing(size, rows)
         verdict = verdict_buffers(size, rows, tensors.error.device)
 
@@ -555,9 +539,8 @@ def _replay(
         tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict
     )
     return _Replay(
-        tensors, captured.graph, judge, ids, verdict.accepted[:requests],
+        tensors, captured.graph, judge, verdict.accepted[:requests],
         verdict.mask[: ids.shape[0]], verdict.numbers[1:, :requests],
-        (num_sampled is not None, num_rejected is not None),
     )  # fmt: skip
 
 
@@ -572,10 +555,7 @@ def _one_launch(
     if plan is None:
         raise ValueError("deciding: these windows are not decided in one launch")
     decide = pick(DECIDING, tensors.error.device)(plan, sampled_ids, ids, num_sampled, num_rejected)
-    return _OneLaunch(
-        tensors, decide, ids, plan.mask[: ids.shape[0]], sampled_ids.shape[0],
-        (num_sampled is not None, num_rejected is not None),
-    )  # fmt: skip
+    return _OneLaunch(tensors, decide, plan.mask[: ids.shape[0]])
 
 
 def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:

@@ -39,6 +39,7 @@ from nwor_compile.ops.kernels.scv import (
     refuse,
     refused_counts,
     said_counts,
+    where,
 )
 
 _WIDE_SAMPLED, _WIDE_DRAFTS = tl.constexpr(WIDE_SAMPLED), tl.constexpr(WIDE_DRAFTS)
@@ -220,19 +221,9 @@ class Deciding:
         numbers: Tensor,
         mirror: Tensor | None,
     ) -> None:
-        count = rejected = somewhere = self.somewhere
-        s_count = s_rejected = 0
-        if num_sampled is not None:
-            count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
-        if num_rejected is not None:
-            rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
+        places, strides = where(self.somewhere, sampled_ids, draft_ids, num_sampled, num_rejected)
+        copy = 0 if mirror is None else mirror.data_ptr()
         self.kept(
-            self.programs,
-            numbers=(
-                0 if mirror is None else mirror.data_ptr(), numbers.data_ptr(),
-                sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count,
-                rejected, *self.sizes, *sampled_ids.stride(), *draft_ids.stride(), s_count,
-                s_rejected,
-            ),
+            self.programs, numbers=(copy, numbers.data_ptr(), *places, *self.sizes, *strides),
             constants=self.constants,
         )  # fmt: skip

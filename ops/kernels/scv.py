@@ -349,6 +349,26 @@ def flags_of(
     return flags
 
 
+def where(
+    somewhere: int,
+    sampled_ids: Tensor,
+    draft_ids: Tensor,
+    num_sampled: Tensor | None,
+    num_rejected: Tensor | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Addresses of these tensors, `somewhere` for those that are missing or empty, and strides."""
+    count = rejected = somewhere
+    s_count = s_rejected = 0
+    if num_sampled is not None:
+        count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
+    if num_rejected is not None:
+        rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
+    return (
+        (sampled_ids.data_ptr() or somewhere, draft_ids.data_ptr() or somewhere, count, rejected),
+        (*sampled_ids.stride(), *draft_ids.stride(), s_count, s_rejected),
+    )
+
+
 class Judging:
     """`nwor_compile.ops.scv.judge` in one launch, for arguments of the form that it is made with:
     what follows from shapes and dtypes is worked out once, addresses and strides at each call."""
@@ -377,19 +397,9 @@ class Judging:
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> None:
-        count = rejected = somewhere = self.somewhere
-        s_count = s_rejected = 0
-        if num_sampled is not None:
-            count, (s_count,) = num_sampled.data_ptr(), num_sampled.stride()
-        if num_rejected is not None:
-            rejected, (s_rejected,) = num_rejected.data_ptr(), num_rejected.stride()
+        places, strides = where(self.somewhere, sampled_ids, draft_ids, num_sampled, num_rejected)
         self.kept(
-            self.programs,
-            numbers=(
-                *self.places, sampled_ids.data_ptr() or somewhere,
-                draft_ids.data_ptr() or somewhere, count, rejected, *self.sizes,
-                *sampled_ids.stride(), *draft_ids.stride(), s_count, s_rejected,
-            ),
+            self.programs, numbers=(*self.places, *places, *self.sizes, *strides),
             constants=self.constants,
         )  # fmt: skip
 

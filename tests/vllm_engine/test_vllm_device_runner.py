@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,16 +147,15 @@ def cache_config() -> Any:
     return SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group], kv_cache_tensors=[tensor])
 
 
-def write(rig: Any) -> None:
+def write(rig: Any, slots: Sequence[int] = (3, 4, 5, 16, 17, 18, -1, -1)) -> None:
     """The target's staged writes, rows of value token + 1."""
-    slots = torch.tensor([3, 4, 5, 16, 17, 18, -1, -1])
-    rows = torch.arange(1.0, 9)[:, None, None].expand(8, HEADS, SIZE)
+    rows = torch.arange(1.0, len(slots) + 1)[:, None, None].expand(-1, HEADS, SIZE)
     for name in MODEL:
         packed = rig.context[name].kv_cache.permute(0, 2, 1, 3)
         staging = rig.hooks.window.layers[name]
         stage_kv(
             rows, rows, packed[..., :SIZE], packed[..., SIZE:], staging.key, staging.value,
-            staging.state, slots, staging.routing.row_map,
+            staging.state, torch.tensor(slots), staging.routing.row_map,
         )  # fmt: skip
 
 
@@ -231,15 +230,7 @@ def at_home(runner: Runner, *, full: bool = True) -> Any:
 
 def run_at_home(rig: Any, made: Any) -> Any:
     rig.runner.execute_model(made)
-    rows = torch.arange(1.0, 6)[:, None, None].expand(5, HEADS, SIZE)
-    for name in MODEL:
-        packed = rig.context[name].kv_cache.permute(0, 2, 1, 3)
-        staging = rig.hooks.window.layers[name]
-        stage_kv(
-            rows, rows, packed[..., :SIZE], packed[..., SIZE:], staging.key, staging.value,
-            staging.state, rig.runner.block_tables.slot_mappings[0, :5],
-            staging.routing.row_map[:5],
-        )  # fmt: skip
+    write(rig, (3, 4, 5, 16, 17))
     return rig.runner.sample("hidden", made, None)
 
 
