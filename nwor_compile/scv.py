@@ -2,36 +2,32 @@
 
 `validate` is the whole device-side path, in two steps: judge (acceptance and all error flags), then
 settle (the commit of every batch, counters, routing back to direct mode). Between them ranks share
-their error flags. It is straight-line device code: two launches, more with several batches. Where
-requests are few one launch does both; else, in graph mode, the second step is a captured CUDA graph
-and the first reads the caller's tensors where they are. `host_loop` is the oracle: the same
-decision, made in Python after a synchronisation.
+their error flags. It is straight-line device code: two launches, more with several batches;
+`nwor_compile/validator.py` has it in fewer calls. `host_loop` is the oracle: the same decision,
+made in Python after a synchronisation.
 
 After `validate`, `finish` or `host_loop` the routing is closed: every token is certain.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nwor_compile.capture import CAPTURE_ERRORS, capture
 from nwor_compile.layer_batch import LayerBatch
 from nwor_compile.ops.commit import COMMIT, Closing, CommitPlan
 from nwor_compile.ops.counters import FIXED
-from nwor_compile.ops.decide import DECIDING, MOST_IDS, Decide, DecidePlan, fits, kinds
+from nwor_compile.ops.decide import DecidePlan
 from nwor_compile.ops.error_bits import COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
-from nwor_compile.ops.scv import JUDGE, JUDGING, JudgePlan, Verdict, layer_faults, verdict_buffers
+from nwor_compile.ops.scv import JUDGE, JudgePlan, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
 
 log = logging.getLogger("nwor_compile")
@@ -114,8 +110,8 @@ class WindowTensors:
         (batch,), (commit,) = self.batches, self.plans
         mask = torch.zeros(batch.slots.shape[0] - 1, dtype=torch.bool, device=self.error.device)
         return DecidePlan(
-            commit, self.judging, batch.slots, self.rows, mask, self.counters,
-            self.routing.row_map, self.routing.num_drafts,
+            commit, self.judging, batch.slots, self.rows, mask, torch.zeros_like(self.drafts),
+            self.counters, self.routing.row_map, self.routing.num_drafts,
         )  # fmt: skip
 
 
@@ -133,12 +129,12 @@ def validate(
     draft_ids: None for `tensors.draft_ids`; every draft then has an id.
     num_rejected: `[R]` int32 or int64, with `num_sampled` only; see `Committed`.
     """
-    ids = _ids(tensors, draft_ids, sampled_ids.shape[0])
+    ids = ids_of(tensors, draft_ids, sampled_ids.shape[0])
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], tensors.error.device)
-    _judge(tensors, sampled_ids, ids, num_sampled, num_rejected, verdict)
-    _settle(tensors, verdict)
+    judge_window(tensors, sampled_ids, ids, num_sampled, num_rejected, verdict)
+    settle(tensors, verdict)
     numbers = (verdict.accepted, verdict.num_sampled, verdict.num_rejected)
-    return _committed(tensors, verdict.mask, numbers, num_sampled, num_rejected)
+    return outcome(tensors, verdict.mask, numbers, num_sampled, num_rejected)
 
 
 def finish(
@@ -165,12 +161,13 @@ def finish(
     if num_rejected is not None:
         verdict.num_rejected.copy_(num_rejected)
     tensors.error.bitwise_or_(bits | layer_faults(tensors.judging))
-    _settle(tensors, verdict)
+    settle(tensors, verdict)
     numbers = (verdict.accepted, verdict.num_sampled, verdict.num_rejected)
-    return _committed(tensors, verdict.mask, numbers, num_sampled, num_rejected)
+    return outcome(tensors, verdict.mask, numbers, num_sampled, num_rejected)
 
 
-def _ids(tensors: WindowTensors, draft_ids: Tensor | None, requests: int) -> Tensor:
+def ids_of(tensors: WindowTensors, draft_ids: Tensor | None, requests: int) -> Tensor:
+    """The drafts' ids: those given, else as many of the window's own as requests can have."""
     if draft_ids is not None:
         return draft_ids
     known = tensors.draft_ids
@@ -179,7 +176,7 @@ def _ids(tensors: WindowTensors, draft_ids: Tensor | None, requests: int) -> Ten
     return known[: requests * (known.shape[0] // tensors.drafts.shape[0])]
 
 
-def _judge(
+def judge_window(
     tensors: WindowTensors,
     sampled_ids: Tensor,
     draft_ids: Tensor,
@@ -194,7 +191,7 @@ def _judge(
         )
 
 
-def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
+def settle(tensors: WindowTensors, verdict: Verdict) -> None:
     """Share the error flag, then do what `verdict` says: all of it or, with the flag up, nothing.
 
     The first launch counts and closes as well; `Closing` says what that is.
@@ -220,14 +217,17 @@ def _settle(tensors: WindowTensors, verdict: Verdict) -> None:
             mirror.copy_(tensors.counters, non_blocking=True)
 
 
-def _committed(
+def outcome(
     tensors: WindowTensors,
     mask: Tensor,
     numbers: Sequence[Tensor],
     num_sampled: Tensor | None,
     num_rejected: Tensor | None,
 ) -> Committed:
-    """numbers: accepted, and the counts as they came out, which the caller has if it gave them."""
+    """The result of a window.
+
+    numbers: accepted, and the counts as they came out, which the caller gets if it gave them.
+    """
     accepted, kept, rejected = numbers
     return Committed(
         accepted, mask, tensors.error, None if num_sampled is None else kept,
@@ -244,7 +244,7 @@ def host_loop(
 ) -> Committed:
     """The oracle: the decision of `validate` as a loop on the host. Synchronises."""
     rows = sampled_ids.tolist()
-    drafts = _ids(tensors, draft_ids, len(rows)).tolist()
+    drafts = ids_of(tensors, draft_ids, len(rows)).tolist()
     counts = tensors.drafts[: len(rows)].tolist()
     given = num_sampled.tolist() if num_sampled is not None else None
     mask, accepted, start = [False] * len(drafts), [], 0
@@ -272,299 +272,3 @@ def host_loop(
         num_sampled,
         num_rejected,
     )
-
-
-class _Captured(NamedTuple):
-    """A CUDA graph of `_settle` for one size, and the verdict that it reads and completes.
-
-    room: drafts that it can hold. faster: than without it.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    verdict: Verdict
-    room: int
-    faster: bool = True
-
-
-class _Replay(NamedTuple):
-    """A judgement and a replay, as far as shapes and dtypes of the arguments say what they are.
-
-    accepted, mask, counts: the parts of the graph's verdict that a step of this form has; counts
-    `[2, R]`.
-    """
-
-    tensors: WindowTensors
-    graph: torch.cuda.CUDAGraph
-    judge: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
-    accepted: Tensor
-    mask: Tensor
-    counts: Tensor
-
-    def __call__(
-        self,
-        sampled_ids: Tensor,
-        draft_ids: Tensor,
-        num_sampled: Tensor | None,
-        num_rejected: Tensor | None,
-    ) -> Committed:
-        """Commit with arguments that look like those it was prepared for."""
-        # The judge reads the caller's tensors where they are and fills the graph's whole verdict,
-        # so no input is copied, and nothing of an earlier window is left.
-        with span("nwor.accept"):
-            self.judge(sampled_ids, draft_ids, num_sampled, num_rejected)
-        with span("nwor.commit"):
-            self.graph.replay()
-        if num_sampled is None:
-            return Committed(self.accepted, self.mask, self.tensors.error)
-        # A copy: an engine may hand these to another stream, which the next commit, that overwrites
-        # the graph's, does not wait for.
-        numbers = (self.accepted, *self.counts.clone().unbind(0))
-        return _committed(self.tensors, self.mask, numbers, num_sampled, num_rejected)
-
-
-class _OneLaunch(NamedTuple):
-    """The same for windows that are decided in one launch."""
-
-    tensors: WindowTensors
-    decide: Decide
-    mask: Tensor
-
-    def __call__(
-        self,
-        sampled_ids: Tensor,
-        draft_ids: Tensor,
-        num_sampled: Tensor | None,
-        num_rejected: Tensor | None,
-    ) -> Committed:
-        """Commit with arguments that look like those it was prepared for."""
-        given = (sampled_ids, draft_ids, num_sampled, num_rejected)
-        tensors, requests = self.tensors, sampled_ids.shape[0]
-        numbers = torch.empty(3, requests, dtype=torch.int32, device=tensors.error.device)
-        with span("nwor.commit"):
-            self.decide(*given, numbers, tensors.mirrors[0] if tensors.mirrors else None)
-        return _committed(tensors, self.mask, numbers.unbind(0), num_sampled, num_rejected)
-
-
-_KEPT_FORMS = 1024
-
-
-@dataclass
-class GraphValidator:
-    """`validate` in fewer calls: one launch where requests are few (`ops/decide.py`), else a CUDA
-    graph a size bucket (requests, rounded up to a power of two).
-
-    Graphs are captured by `warm_up` only: capturing synchronises, and a window must not. A size
-    without a graph, a machine without CUDA and a capture that failed run vectorised; each is
-    logged once and counted in `vectorised` by reason.
-
-    one_launch: False to have graphs for few requests too. prepared: what calls of a form ran, for
-    further ones. own_ids: by requests, the drafts' ids where the caller gives none.
-    """
-
-    tensors: WindowTensors
-    max_drafts: int
-    adaptive: bool
-    one_launch: bool = True
-    graphs: dict[int, _Captured] = field(default_factory=dict)
-    vectorised: dict[str, int] = field(default_factory=dict)
-    prepared: dict[Hashable, _Replay | _OneLaunch] = field(default_factory=dict)
-    own_ids: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(
-        self,
-        sampled_ids: Tensor,
-        draft_ids: Tensor | None = None,
-        num_sampled: Tensor | None = None,
-        num_rejected: Tensor | None = None,
-        *,
-        form: Hashable = None,
-    ) -> Committed:
-        """As `validate`.
-
-        form: an object that stands for the shapes, dtypes and devices of the arguments: calls that
-            have the same one agree in them.
-        """
-        if draft_ids is None:
-            requests = sampled_ids.shape[0]
-            if requests not in self.own_ids:
-                self.own_ids[requests] = _ids(self.tensors, None, requests)
-            draft_ids = self.own_ids[requests]
-        given = (sampled_ids, draft_ids, num_sampled, num_rejected)
-        prepared = self.prepared.get(form)
-        if prepared is None or torch.cuda.is_current_stream_capturing():
-            prepared = self._prepare(*given)
-            if prepared is None:
-                return validate(self.tensors, *given)
-            if form is not None:
-                if len(self.prepared) >= _KEPT_FORMS:
-                    self.prepared.clear()
-                self.prepared[form] = prepared
-        return prepared(*given)
-
-    def _prepare(
-        self,
-        sampled_ids: Tensor,
-        ids: Tensor,
-        num_sampled: Tensor | None,
-        num_rejected: Tensor | None,
-    ) -> _Replay | _OneLaunch | None:
-        given = (sampled_ids, ids, num_sampled, num_rejected)
-        if not sampled_ids.is_cuda:
-            self._run_vectorised("CUDA is missing")
-            return None
-        if torch.cuda.is_current_stream_capturing():
-            return None  # the launches become part of the caller's graph; graphs do not nest
-        if self.in_one_launch(sampled_ids.shape[0], ids.shape[0]):
-            return _one_launch(self.tensors, *given)
-        captured = self._graph_for(sampled_ids, ids)
-        return None if captured is None else _replay(self.tensors, captured, *given)
-
-    def in_one_launch(self, requests: int, ids: int) -> bool:
-        """Whether a window of so many requests and drafts' ids is decided in one launch."""
-        if not self.one_launch or self.tensors.deciding is None:
-            return False
-        # The kernel stores to the mirror by itself.
-        reachable = all(mirror.is_pinned() for mirror in self.tensors.mirrors)
-        return reachable and fits(requests, ids)
-
-    def forget(self) -> None:
-        """Drop all graphs, and what is kept of calls."""
-        self.graphs.clear()
-        self.prepared.clear()
-
-    def _graph_for(self, sampled_ids: Tensor, draft_ids: Tensor) -> _Captured | None:
-        requests, drafts = sampled_ids.shape[0], draft_ids.shape[0]
-        for size, captured in self.graphs.items():  # smallest first
-            if size >= requests and captured.room >= drafts:
-                return None if self.adaptive and not captured.faster else captured
-        self._run_vectorised("no graph was captured for this size")
-        return None
-
-    def _run_vectorised(self, reason: str) -> None:
-        if reason not in self.vectorised:
-            log.warning("SCV graph mode runs vectorised: %s", reason)
-        self.vectorised[reason] = self.vectorised.get(reason, 0) + 1
-
-    def warm_up(self, sizes: Iterable[int]) -> None:
-        """Compile the one launch, and capture a graph for each number of requests in `sizes` that
-        it does not do for; time the graph if adaptive.
-
-        Call it before the first window. Counters and caches are unchanged.
-        """
-        if self.tensors.error.device.type != "cuda":
-            self._run_vectorised("CUDA is missing")
-            return
-        if self.in_one_launch(1, 1):
-            for requests in kinds(self.tensors.drafts.shape[0]):
-                self._compile(requests)
-        for size in sorted(set(sizes)):
-            if not self.in_one_launch(size, self._most_ids(size)):
-                self._capture(size)
-        self.graphs = dict(sorted(self.graphs.items()))
-        self.prepared.clear()
-
-    def _most_ids(self, size: int) -> int:
-        """Drafts' ids of a window of so many requests that all have the most drafts."""
-        return min(size * self.max_drafts, self.tensors.batches[0].slots.shape[0] - 1)
-
-    def _compile(self, requests: int) -> None:
-        """Run the one launch for so many requests, whatever their drafts' ids come to."""
-        with _undone(self.tensors):
-            given = self._nothing(requests, min(self._most_ids(requests), MOST_IDS))
-            _one_launch(self.tensors, *given)(*given)
-
-    def _capture(self, size: int) -> None:
-        tensors, rows = self.tensors, self._most_ids(size)
-        given = self._nothing(size, rows)
-        verdict = verdict_buffers(size, rows, tensors.error.device)
-
-        def compile_all() -> None:
-            _judge(tensors, *given, verdict)
-            _settle(tensors, verdict)
-
-        with _undone(tensors):
-            try:
-                run = partial(_settle, tensors, verdict)
-                graph = capture(run, compile_all, device=tensors.error.device)
-                captured = _Captured(graph, verdict, rows)
-                if self.adaptive and not self._faster(size, captured, given):
-                    captured = captured._replace(faster=False)
-                self.graphs[size] = captured
-            except CAPTURE_ERRORS as error:  # NWOR goes on without
-                self._run_vectorised(f"capture failed: {error}")
-
-    def _nothing(self, requests: int, ids: int) -> tuple[Tensor, Tensor, None, None]:
-        """What a sampler says that accepted nothing of so many ids."""
-        ints: dict[str, Any] = {"dtype": torch.int64, "device": self.tensors.error.device}
-        sampled = torch.full((requests, self.max_drafts + 1), -1, **ints)
-        return sampled, torch.zeros(ids, **ints), None, None
-
-    def _faster(
-        self, size: int, captured: _Captured, given: tuple[Tensor, Tensor, None, None]
-    ) -> bool:
-        replay = _replay(self.tensors, captured, *given)
-        graph_us = _microseconds(lambda: replay(*given))
-        plain_us = _microseconds(lambda: validate(self.tensors, *given))
-        log.info(
-            "SCV adaptive, %d requests: graph %.1f us, vectorised %.1f us; %s is kept",
-            size, graph_us, plain_us, "graph" if graph_us <= plain_us else "vectorised",
-        )  # fmt: skip
-        return graph_us <= plain_us
-
-
-@contextlib.contextmanager
-def _undone(tensors: WindowTensors) -> Iterator[None]:
-    """Commits in here find no drafts, so they move nothing, and what they leave is put back."""
-    changed = (tensors.counters, tensors.error, tensors.drafts)
-    kept = [tensor.clone() for tensor in changed]
-    tensors.drafts.zero_()
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize()
-        for tensor, value in zip(changed, kept, strict=True):
-            tensor.copy_(value)
-
-
-def _replay(
-    tensors: WindowTensors,
-    captured: _Captured,
-    sampled_ids: Tensor,
-    ids: Tensor,
-    num_sampled: Tensor | None,
-    num_rejected: Tensor | None,
-) -> _Replay:
-    verdict, requests = captured.verdict, sampled_ids.shape[0]
-    judge = pick(JUDGING, tensors.error.device)(
-        tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict
-    )
-    return _Replay(
-        tensors, captured.graph, judge, verdict.accepted[:requests],
-        verdict.mask[: ids.shape[0]], verdict.numbers[1:, :requests],
-    )  # fmt: skip
-
-
-def _one_launch(
-    tensors: WindowTensors,
-    sampled_ids: Tensor,
-    ids: Tensor,
-    num_sampled: Tensor | None,
-    num_rejected: Tensor | None,
-) -> _OneLaunch:
-    plan = tensors.deciding
-    if plan is None:
-        raise ValueError("deciding: these windows are not decided in one launch")
-    decide = pick(DECIDING, tensors.error.device)(plan, sampled_ids, ids, num_sampled, num_rejected)
-    return _OneLaunch(tensors, decide, plan.mask[: ids.shape[0]])
-
-
-def _microseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median wall time of `call` with a synchronisation around it, in microseconds."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return sorted(times)[repeats // 2]

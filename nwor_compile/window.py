@@ -38,8 +38,9 @@ from nwor_compile.ops.staging import (
 )
 from nwor_compile.poison import poison_open_slots, touched_early
 from nwor_compile.routing import BEGIN, BeginPlan, Kept, allocate_routing, clear
-from nwor_compile.scv import Committed, GraphValidator, WindowTensors, finish, host_loop
+from nwor_compile.scv import Committed, WindowTensors, finish, host_loop
 from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of, tail_blocks_needed
+from nwor_compile.validator import GraphValidator
 
 log = logging.getLogger("nwor_compile")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nwor_compile.ops.commit import Closing, CommitPlan, commit_batch
 from nwor_compile.ops.library import Launcher
-from nwor_compile.ops.scv import JudgePlan, Verdict, judge
+from nwor_compile.ops.scv import JudgePlan, judge, verdict_buffers
 
 if TYPE_CHECKING:
     from nwor_compile.ops.kernels.decide import DecideLaunch
@@ -29,9 +29,10 @@ MOST_IDS = 512  # that every program reads again; more are judged by a launch of
 class DecidePlan:
     """What every decision of a window of one batch of layers has in common.
 
-    slots, rows: of the drafts, as `commit_kv` has them. mask: bool `[capacity]`, overwritten.
-    counters, row_map, num_drafts: as for `commit_kv` and `Closing`. num_drafts is `judging.staged`;
-    judging.drafts agrees with it, and the kernel reads that.
+    slots, rows: of the drafts, as `commit_kv` has them. mask: bool `[capacity]`, accepted: int32
+    `[max_requests]`; overwritten. counters, row_map, num_drafts: as for `commit_kv` and
+    `Closing`. num_drafts is `judging.staged`; judging.drafts agrees with it, and the kernel reads
+    that.
     """
 
     commit: CommitPlan
@@ -39,6 +40,7 @@ class DecidePlan:
     slots: Tensor
     rows: Tensor | None
     mask: Tensor
+    accepted: Tensor
     counters: Tensor
     row_map: Tensor
     num_drafts: Tensor
@@ -61,7 +63,10 @@ def fits(requests: int, ids: int) -> bool:
     return requests <= MOST_REQUESTS and ids <= MOST_IDS
 
 
-Decide = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None], None]
+Counts = tuple[Tensor, Tensor]
+Decide = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, Counts | None, Tensor | None], None
+]
 
 
 def deciding(
@@ -72,13 +77,13 @@ def deciding(
     num_rejected: Tensor | None,
 ) -> Decide:
     """The whole of a window's validation, for arguments of the shapes, dtypes and device of these:
-    a function of them, of `numbers` and of `mirror`. The specification of `DECIDING`; does nothing
+    a function of them, of `counts` and of `mirror`. The specification of `DECIDING`; does nothing
     yet.
 
     What it does is `judge`, then `commit_batch` with counters and closing.
 
-    numbers: int32 `[3, R]`, contiguous, overwritten: accepted, `num_sampled` and `num_rejected`, as
-        `Closing` leaves them in a verdict.
+    counts: two int32 `[R]`, contiguous, overwritten: `num_sampled` and `num_rejected`, as `Closing`
+        leaves them in a verdict. None exactly if `num_sampled` is.
     mirror: int64 on the host, as long as the counters, or None: gets a copy of them. On CUDA memory
         that the device can write to.
     """
@@ -88,17 +93,23 @@ def deciding(
         draft_ids: Tensor,
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
-        numbers: Tensor,
+        counts: Counts | None,
         mirror: Tensor | None,
     ) -> None:
         judging, state = plan.judging, plan.judging.state
-        verdict = Verdict(plan.mask[: draft_ids.shape[0]], numbers, *numbers.unbind(0))
+        requests, ids = sampled_ids.shape[0], draft_ids.shape[0]
+        verdict = verdict_buffers(requests, ids, judging.error.device)
         judge(judging, sampled_ids, draft_ids, num_sampled, num_rejected, verdict)
         commit_batch(
             plan.commit, plan.slots, plan.rows, verdict.mask, judging.error, judging.drafts,
             verdict.accepted, plan.counters, state.shape[0],
             Closing(verdict, plan.row_map, plan.num_drafts),
         )  # fmt: skip
+        plan.mask[:ids].copy_(verdict.mask)
+        plan.accepted[:requests].copy_(verdict.accepted)
+        if counts is not None:
+            counts[0].copy_(verdict.num_sampled)
+            counts[1].copy_(verdict.num_rejected)
         if mirror is not None:
             mirror.copy_(plan.counters, non_blocking=True)
 

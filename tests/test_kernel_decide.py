@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from nwor_compile.ops import stage_kv_window
 from nwor_compile.ops.decide import MOST_IDS, MOST_REQUESTS, deciding, fits, kinds
 from nwor_compile.ops.error_bits import BAD_COUNTS, COUNT_MISMATCH, ID_MISMATCH, OVERFLOW
+from nwor_compile.ops.kernels import decide as kernel
 from nwor_compile.ops.kernels.decide import Deciding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,19 +38,23 @@ def decided(
     plan = tensors.deciding
     assert plan is not None
     plan.mask.fill_(True)
+    plan.accepted.fill_(GUARD)
     requests = given[0].shape[0]
-    memory = torch.full((3 * requests + 16,), GUARD, dtype=torch.int32, device=DEVICE)
-    numbers = memory[8:-8].view(3, requests)
+    memory = torch.full((2, requests + 16), GUARD, dtype=torch.int32, device=DEVICE)
+    counts = (memory[0, 8:-8], memory[1, 8:-8])
     mirror = torch.full(tensors.counters.shape, GUARD, pin_memory=DEVICE == "cuda")
-    make(plan, *given)(*given, numbers, mirror if mirrored else None)
-    assert memory[:8].eq(GUARD).all()
-    assert memory[-8:].eq(GUARD).all()
+    own = None if given[2] is None else counts
+    make(plan, *given)(*given, own, mirror if mirrored else None)
+    assert memory[:, :8].eq(GUARD).all()
+    assert memory[:, -8:].eq(GUARD).all()
+    assert own is not None or memory.eq(GUARD).all()
+    assert plan.accepted[requests:].eq(GUARD).all()
     if mirrored:
         assert torch.equal(tensors.counters.cpu(), mirror)
     assert mirrored or mirror.eq(GUARD).all()
     rows = [part for layer in r.layers for part in layer.cache.dump()]
     found = [
-        numbers, plan.mask, tensors.error, tensors.counters, tensors.routing.row_map,
+        plan.accepted, memory, plan.mask, tensors.error, tensors.counters, tensors.routing.row_map,
         tensors.routing.num_drafts, tensors.drafts, tensors.state, *rows,
     ]  # fmt: skip
     found = [tensor.clone() for tensor in found]
@@ -106,8 +111,8 @@ def test_it_does_what_the_specification_says(
     accepted: list[int], counted: bool, tail: bool
 ) -> None:
     found = assert_decided_alike(MIXED, accepted, tail=tail, counted=counted, max_requests=8)
-    assert found[0][0].tolist() == accepted
-    assert found[2].item() == 0
+    assert found[0][: len(accepted)].tolist() == accepted
+    assert found[3].item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -121,13 +126,26 @@ def test_ids_and_counts_of_any_dtype_and_strides(
 
 @pytest.mark.parametrize(("requests", "drafts"), [(1, 1), (16, 2), (17, 3), (64, 4), (3, 40)])
 def test_few_requests_and_as_many_as_there_may_be(requests: int, drafts: int) -> None:
-    """Lanes of both widths, tiles of one row and of four, spans longer than a pass."""
+    """Lanes of both widths, spans longer than a pass."""
     spans = [Span(3 + 5 * (r % 4), 1, drafts if r % 3 else drafts // 2) for r in range(requests)]
     accepted = [span.drafts if r % 2 else span.drafts // 2 for r, span in enumerate(spans)]
     found = assert_decided_alike(
         spans, accepted, tail=True, layers=1, max_drafts=drafts, max_tokens=400
     )
-    assert found[0][0].tolist() == accepted
+    assert found[0][: len(accepted)].tolist() == accepted
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_programs_that_take_two_layers(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_MANY", 2 * layers)
+    for spans, accepted, each in ((MIXED, SOME, 2), ([Span(5, 1, 4)], [3], 1)):
+        with rig(spans, layers=layers, geometries=(GEOMETRY,)) as r:
+            plan, sampling = r.window.tensors.deciding, r.sampling(accepted)
+            assert plan is not None
+            made = Deciding(plan, sampling.sampled_ids, r.batch.draft_ids, None, None)
+            assert made.sizes[-1] == each
+        found = assert_decided_alike(spans, accepted, layers=layers)
+        assert found[0][: len(accepted)].tolist() == accepted
 
 
 FAULTS: dict[str, tuple[Change, int]] = {
@@ -142,18 +160,18 @@ FAULTS: dict[str, tuple[Change, int]] = {
 def test_a_fault_anywhere_moves_no_row(fault: str, tail: bool) -> None:
     change, bit = FAULTS[fault]
     found = assert_decided_alike(MIXED, ALL, change=change, tail=tail)
-    numbers, mask, error, *_ = found
+    accepted, counts, mask, error, *_ = found
     assert error.item() == bit
     assert not mask[: sum(span.drafts for span in MIXED)].any()
-    assert numbers[0].tolist() == NONE
-    assert numbers[1].max() == 1
+    assert accepted[: len(MIXED)].tolist() == NONE
+    assert counts[0, 8:-8].max() == 1
 
 
 def test_ids_that_disagree_and_drafts_without_an_id() -> None:
-    assert int(assert_decided_alike(MIXED, ALL, shift=1)[2]) == ID_MISMATCH
-    assert int(assert_decided_alike(MIXED, ALL, shift=2**40)[2]) == ID_MISMATCH
-    assert int(assert_decided_alike(MIXED, ALL, ids=8)[2]) & ID_MISMATCH
-    assert int(assert_decided_alike(MIXED, SOME, ids=0)[2]) & ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, ALL, shift=1)[3]) == ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, ALL, shift=2**40)[3]) == ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, ALL, ids=8)[3]) & ID_MISMATCH
+    assert int(assert_decided_alike(MIXED, SOME, ids=0)[3]) & ID_MISMATCH
 
 
 def test_more_layers_than_are_looked_at_at_once() -> None:
@@ -163,7 +181,7 @@ def test_more_layers_than_are_looked_at_at_once() -> None:
     spans = [Span(5, 1, 1)]
     for change, error in ((nothing, 0), (last, COUNT_MISMATCH)):
         found = assert_decided_alike(spans, [1], layers=130, change=change)
-        assert found[2].item() == error
+        assert found[3].item() == error
 
 
 @pytest.mark.parametrize("max_drafts", [1, 4, 5, 40])
@@ -172,17 +190,17 @@ def test_no_step_needs_a_kernel_that_no_warm_up_compiled(max_drafts: int) -> Non
         plan = r.window.tensors.deciding
         assert plan is not None
 
-        def kernel(requests: int, ids: int, *, counted: bool = False) -> tuple[int, ...]:
+        def needed(requests: int, ids: int, *, counted: bool = False) -> tuple[int, ...]:
             said = torch.zeros(requests) if counted else None
             given = (torch.zeros(requests, max_drafts + 1), torch.zeros(ids), said, said)
             return Deciding(plan, *given).constants
 
-        compiled = {kernel(requests, max_drafts) for requests in kinds(r.window.max_requests)}
+        compiled = {needed(requests, max_drafts) for requests in kinds(r.window.max_requests)}
         assert len(compiled) == 2
         for requests in range(1, MOST_REQUESTS + 1):
             for ids in (0, 1, requests, MOST_IDS):
-                assert kernel(requests, ids) in compiled
-                assert kernel(requests, ids, counted=True) in compiled
+                assert needed(requests, ids) in compiled
+                assert needed(requests, ids, counted=True) in compiled
     assert kinds(16) == (1,)
 
 

@@ -27,7 +27,8 @@ from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.library import implementation, pick
 from nwor_compile.ops.rope import ROPE_WRITE
 from nwor_compile.ops.scv import JUDGE, verdict_buffers
-from nwor_compile.scv import GraphValidator, _ids
+from nwor_compile.scv import ids_of
+from nwor_compile.validator import GraphValidator
 
 Launches = list[tuple[Any, ...]]
 
@@ -361,7 +362,7 @@ def launch_alone(
     form: object = None,
 ) -> Any:
     """What graph mode launches before its graph, and where requests are few in its place."""
-    ids = _ids(self.tensors, draft_ids, sampled_ids.shape[0])
+    ids = ids_of(self.tensors, draft_ids, sampled_ids.shape[0])
     verdict = verdict_buffers(sampled_ids.shape[0], ids.shape[0], ids.device)
     judge = pick(JUDGE, ids.device)
     judge(self.tensors.judging, sampled_ids, ids, num_sampled, num_rejected, verdict)

@@ -20,15 +20,8 @@ from window_support import ALL, MIXED, NONE, SOME, rig
 from nwor_compile import Committed
 from nwor_compile.ops.error_bits import ID_MISMATCH
 from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
-from nwor_compile.scv import (
-    WindowTensors,
-    _Captured,
-    _one_launch,
-    _replay,
-    _settle,
-    host_loop,
-    validate,
-)
+from nwor_compile.scv import WindowTensors, host_loop, settle, validate
+from nwor_compile.validator import _Captured, _one_launch, _own_counts, _replay
 
 MODES = ("off", "graph", "adaptive")
 
@@ -461,7 +454,7 @@ class HostGraph:
         self.tensors = tensors
 
     def replay(self) -> None:
-        _settle(self.tensors, self.captured.verdict)
+        settle(self.tensors, self.captured.verdict)
 
 
 def host_graph(tensors: WindowTensors, size: int, max_drafts: int) -> _Captured:
@@ -648,3 +641,12 @@ def test_a_commit_under_capture_replays_no_graph(
             assert r.run(ALL).accepted.tolist() == ALL
             assert r.holds(r.expected(before, ALL))
         assert r.run(SOME).accepted.tolist() == SOME
+
+
+def test_counts_that_a_window_hands_out_are_aligned_and_nobody_elses() -> None:
+    with torch.inference_mode():
+        counts = _own_counts(3, torch.device("cpu"))
+        taken = [next(counts).fill_(i) for i in range(300)]
+    assert all(count.tolist() == [i] * 3 for i, count in enumerate(taken))
+    assert {(count.dtype, tuple(count.shape)) for count in taken} == {(torch.int32, (3,))}
+    assert not any(count.data_ptr() % 16 or count.is_inference() for count in taken)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nwor_compile.ops.counters import COUNTERS, FIXED
-from nwor_compile.ops.decide import LANES, DecidePlan
+from nwor_compile.ops.decide import LANES, Counts, DecidePlan
 from nwor_compile.ops.kernels.commit import (
     close_routing,
     constants_of,
@@ -29,6 +29,7 @@ from nwor_compile.ops.kernels.commit import (
 )
 from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.kernels.scv import (
+    HAS_COUNT,
     MAX_POSITIONS,
     WIDE_DRAFTS,
     WIDE_SAMPLED,
@@ -43,27 +44,33 @@ from nwor_compile.ops.kernels.scv import (
 )
 
 _WIDE_SAMPLED, _WIDE_DRAFTS = tl.constexpr(WIDE_SAMPLED), tl.constexpr(WIDE_DRAFTS)
+_HAS_COUNT = tl.constexpr(HAS_COUNT)
 _CERTAIN = tl.constexpr(COUNTERS["certain"])
 _FIXED = tl.constexpr(FIXED)
-_SHORT = 4  # drafts
+# Of a program; `docs/kernels.md` has what others take. Each judges all requests, so few programs do
+# that less often, and one warp does it without waiting for others.
+_NUM_WARPS, _ROWS = 1, 4
+_MANY = 512  # tiles of all layers from which on a program takes those of two layers
 
 
 # Addresses come as integers: NOTE [addresses] in `scv`.
 @triton.jit(
     do_not_specialize=[
         "layers", "slots_in_cache", "staged_rows", "positions", "tokens", "max_requests",
-        "mirror", "numbers", "sampled_ids", "draft_ids", "num_sampled", "num_rejected", "flags",
-        "requests", "columns", "ids", "tiles", "s_request", "s_column", "s_draft", "s_count",
-        "s_rejected",
+        "mirror", "kept_out", "refused_out", "sampled_ids", "draft_ids", "num_sampled",
+        "num_rejected", "flags", "requests", "columns", "ids", "tiles", "each", "s_request",
+        "s_column", "s_draft", "s_count", "s_rejected",
     ]
 )  # fmt: skip
 def _decide_kernel(
-    table, element, slots, rows, mask, error, drafts, state, counters, row_map, open_drafts,
+    table, element, slots, rows, mask, accepted, error, drafts, state, counters, row_map,
+    open_drafts,
     layers, slots_in_cache: tl.int64, staged_rows, positions, tokens, max_requests,
     s_table, sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
     kc_block, kc_offset, kc_head, kc_outer, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
-    mirror: tl.int64, numbers: tl.int64, sampled_ids: tl.int64, draft_ids: tl.int64,
-    num_sampled: tl.int64, num_rejected: tl.int64, flags, requests, columns, ids, tiles,
+    mirror: tl.int64, kept_out: tl.int64, refused_out: tl.int64, sampled_ids: tl.int64,
+    draft_ids: tl.int64, num_sampled: tl.int64, num_rejected: tl.int64,
+    flags, requests, columns, ids, tiles, each,
     s_request: tl.int64, s_column: tl.int64, s_draft: tl.int64, s_count: tl.int64,
     s_rejected: tl.int64,
     H: tl.constexpr, D: tl.constexpr, X: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -72,7 +79,7 @@ def _decide_kernel(
     ROWS: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Program 0 counts and closes; program 1 + l * tiles + i moves the accepted rows of tile i to
-    the caches of layer l."""
+    the caches of layers `[l * each, (l + 1) * each)`."""
     request = tl.arange(0, R)
     real = request < requests
     wide_request = request.to(tl.int64)
@@ -100,14 +107,14 @@ def _decide_kernel(
     if program == 0:
         if bits != 0:
             tl.atomic_or(error, bits, sem="relaxed")
-        out = numbers.to(error.dtype)
         refused = refused_counts(
             num_rejected.to(error.dtype), flags, request, wide_request, requests, s_rejected
         )
         kept = tl.minimum(said, taken + 1)
-        tl.store(out + request, taken, mask=real)
-        tl.store(out + requests + request, kept, mask=real)
-        tl.store(out + 2 * requests + request, refused + said - kept, mask=real)
+        tl.store(accepted + request, taken, mask=real)
+        counted = request < tl.where(flags & _HAS_COUNT != 0, requests, 0)
+        tl.store(kept_out.to(error.dtype) + request, kept, mask=counted)
+        tl.store(refused_out.to(error.dtype) + request, refused + said - kept, mask=counted)
         mark(mask, real, start, own, taken, ids, K)
         refuse(mask, tl.minimum(total, ids), ids, 256)
         close_routing(row_map, open_drafts, tokens, max_requests, 1024)
@@ -128,7 +135,7 @@ def _decide_kernel(
         return
     program -= 1
     tile = program % tiles
-    layer = (program // tiles).to(tl.int64)
+    first = program // tiles * each
     draft = tile * ROWS + tl.arange(0, ROWS)
     behind = draft[:, None] - start[None, :]
     valid = tl.max(((behind >= 0) & (behind < taken[None, :])).to(tl.int32), axis=1) != 0
@@ -139,26 +146,26 @@ def _decide_kernel(
         valid &= (row >= 0) & (row < staged_rows)
     else:
         row = draft
-    move_rows(
-        valid, row, slot, layer, table, element,
-        s_table, sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
-        kc_block, kc_offset, kc_head, kc_outer, kc_inner, vc_block, vc_offset, vc_head, vc_inner,
-        H, D, X, BLOCK_SIZE, BLOCK, ALIGNED,
-    )  # fmt: skip
+    for i in range(tl.minimum(each, layers - first)):
+        move_rows(
+            valid, row, slot, first.to(tl.int64) + i, table, element,
+            s_table, sk_row, sk_head, sk_d, sv_row, sv_head, sv_d,
+            kc_block, kc_offset, kc_head, kc_outer, kc_inner,
+            vc_block, vc_offset, vc_head, vc_inner,
+            H, D, X, BLOCK_SIZE, BLOCK, ALIGNED,
+        )  # fmt: skip
 
 
 class DecideLaunch(NamedTuple):
     """How windows of one plan are decided.
 
-    constants: but for the last three. short: few drafts a request. somewhere: stands for addresses
-    that are not used.
+    constants: but for the last two. somewhere: stands for addresses that are not used.
     """
 
     kept: KeptLaunch
     constants: tuple[int, ...]
     layers: int
     positions: int
-    short: bool
     somewhere: int
 
 
@@ -168,20 +175,20 @@ def decide_launch(plan: DecidePlan) -> DecideLaunch:
     meta = common.meta
     fixed = (
         plan.commit.table, common.element, plan.slots, plan.rows, plan.mask.view(torch.uint8),
-        judging.error, judging.drafts, judging.state, plan.counters, plan.row_map, plan.num_drafts,
+        plan.accepted, judging.error, judging.drafts, judging.state, plan.counters, plan.row_map,
+        plan.num_drafts,
         common.layers, *common.sizes, (plan.counters.shape[0] - FIXED) // 2,
         plan.row_map.shape[0], judging.drafts.shape[0], *common.strides,
     )  # fmt: skip
     return DecideLaunch(
-        KeptLaunch(_decide_kernel, judging.error.device, fixed, num_warps=4),
+        KeptLaunch(_decide_kernel, judging.error.device, fixed, num_warps=_NUM_WARPS),
         (
             meta["H"], meta["D"], meta["X"], meta["BLOCK_SIZE"], meta["BLOCK"],
             int(meta["ALIGNED"]), int(plan.rows is not None), judging.id_mismatch,
-            judging.count_mismatch, judging.overflow,
+            judging.count_mismatch, judging.overflow, _ROWS,
         ),
         common.layers,
-        min(MAX_POSITIONS, 1 << judging.max_drafts.bit_length()),
-        judging.max_drafts <= _SHORT,
+        min(MAX_POSITIONS, max(2, triton.next_power_of_2(judging.max_drafts))),
         judging.error.data_ptr(),
     )  # fmt: skip
 
@@ -199,18 +206,16 @@ class Deciding:
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
     ) -> None:
-        self.kept, constants, layers, positions, short, self.somewhere = plan.launch
+        self.kept, constants, layers, positions, self.somewhere = plan.launch
         requests, columns = sampled_ids.shape
         ids = draft_ids.shape[0]
         lanes = next(lanes for lanes in LANES if lanes >= requests)
-        # Every program judges all requests: few programs, but enough for the device. Not by `ids`,
-        # or a step might need a kernel that no warm-up compiled.
-        rows = 1 if short and lanes == LANES[0] else 4
-        tiles = max(1, -(-ids // rows))
+        tiles = max(1, -(-ids // _ROWS))
         flags = flags_of(sampled_ids, draft_ids, num_sampled, num_rejected)
-        self.programs = 1 + tiles * layers
-        self.sizes = (flags, requests, columns, ids, tiles)
-        self.constants = (*constants, rows, lanes, positions)
+        each = 1 if tiles * layers < _MANY else 2
+        self.programs = 1 + tiles * -(-layers // each)
+        self.sizes = (flags, requests, columns, ids, tiles, each)
+        self.constants = (*constants, lanes, positions)
 
     def __call__(
         self,
@@ -218,12 +223,15 @@ class Deciding:
         draft_ids: Tensor,
         num_sampled: Tensor | None,
         num_rejected: Tensor | None,
-        numbers: Tensor,
+        counts: Counts | None,
         mirror: Tensor | None,
     ) -> None:
         places, strides = where(self.somewhere, sampled_ids, draft_ids, num_sampled, num_rejected)
         copy = 0 if mirror is None else mirror.data_ptr()
+        kept = refused = self.somewhere
+        if counts is not None:
+            kept, refused = counts[0].data_ptr(), counts[1].data_ptr()
         self.kept(
-            self.programs, numbers=(copy, numbers.data_ptr(), *places, *self.sizes, *strides),
+            self.programs, numbers=(copy, kept, refused, *places, *self.sizes, *strides),
             constants=self.constants,
         )  # fmt: skip

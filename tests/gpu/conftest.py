@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No window is decided in one launch: graphs are captured for few requests too."""
-    monkeypatch.setattr("nwor_compile.scv.fits", lambda requests, ids: False)
+    monkeypatch.setattr("nwor_compile.validator.fits", lambda requests, ids: False)
 
 
 @pytest.fixture(params=["one launch", "graph"])

@@ -12,7 +12,7 @@ from cases import Geometry
 from test_window_gpu import run, warnings_of
 from window_support import ALL, SOME, rig
 
-from nwor_compile import scv
+from nwor_compile import validator
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +49,7 @@ def test_a_capture_that_fails_costs_one_line_a_count_and_nothing_else(
     failure: str, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nwor_compile")
-    settle = scv._settle
+    settle = validator.settle
 
     def failing(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.cuda.is_current_stream_capturing():
@@ -58,7 +58,7 @@ def test_a_capture_that_fails_costs_one_line_a_count_and_nothing_else(
 
     with rig(geometries=(GEOMETRY,), scv=mode) as r:
         with monkeypatch.context() as patch:
-            patch.setattr(scv, "_settle", failing)
+            patch.setattr(validator, "settle", failing)
             r.window.warm_up([6])
         assert r.window.validator.graphs == {}
         assert len([w for w in warnings_of(caplog) if "capture failed" in w]) == 1

@@ -217,7 +217,7 @@ def test_launches_of_a_layer_and_of_a_step(
 ) -> None:
     """few: requests, whose windows are decided in one launch."""
     if not few:
-        monkeypatch.setattr("nwor_compile.scv.fits", lambda requests, ids: False)
+        monkeypatch.setattr("nwor_compile.validator.fits", lambda requests, ids: False)
     run = compiled(model)
     for step, _ in variants(2):
         run_window(run, window, step)

@@ -175,7 +175,7 @@ class RankProbe:
         """Microseconds that a commit without drafts takes on the device, alone and with a shared
         flag, or why that failed. settle_us: many in one graph, one after the other; commit_us: as
         a step launches it. All ranks must be asked at once."""
-        from nwor_compile.scv import GraphValidator
+        from nwor_compile.validator import GraphValidator
 
         window = self._probe_window()
         tensors = window.tensors
@@ -202,7 +202,7 @@ class RankProbe:
 
 def _settled_us(tensors: Any, requests: int, drafts: int) -> float:
     from nwor_compile.ops.scv import verdict_buffers
-    from nwor_compile.scv import _settle
+    from nwor_compile.scv import settle
 
     verdict = verdict_buffers(requests, requests * drafts, tensors.error.device)
     verdict.mask.zero_()
@@ -210,7 +210,7 @@ def _settled_us(tensors: Any, requests: int, drafts: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(IN_ONE_GRAPH):
-            _settle(tensors, verdict)
+            settle(tensors, verdict)
     graph.replay()
     return _median_us(graph.replay) / IN_ONE_GRAPH
 
