@@ -228,38 +228,58 @@ class GraphValidator:
             log.warning("SCV graph mode runs vectorised: %s", reason)
         self.vectorised[reason] = self.vectorised.get(reason, 0) + 1
 
+    def compile(self, sizes: Iterable[int]) -> None:
+        """Call once each kernel that `warm_up` needs, for `compiled_together`."""
+        for requests in self._kinds():
+            self._decide_nothing(requests)
+        for size in self._sizes_of_graphs(sizes):
+            given, verdict = self._buffers(size)
+            judge_window(self.tensors, *given, verdict)
+            settle(self.tensors, verdict)
+
     def warm_up(self, sizes: Iterable[int]) -> None:
-        """Compile the one launch, and capture a graph for each number of requests in `sizes` that
-        it does not do for; time the graph if adaptive.
+        """Run the one launch, and capture a graph for each number of requests in `sizes` that it
+        does not do for; time the graph if adaptive.
 
         Call it before the first window. Counters and caches are unchanged.
         """
         if self.tensors.error.device.type != "cuda":
             self._run_vectorised("CUDA is missing")
             return
-        if self.in_one_launch(1, 1):
-            for requests in kinds(self.tensors.drafts.shape[0]):
-                self._compile(requests)
-        for size in sorted(set(sizes)):
-            if not self.in_one_launch(size, self._most_ids(size)):
-                self._capture(size)
+        for requests in self._kinds():
+            with _undone(self.tensors):
+                self._decide_nothing(requests)
+        for size in self._sizes_of_graphs(sizes):
+            self._capture(size)
         self.graphs = dict(sorted(self.graphs.items()))
         self.prepared.clear()
+
+    def _kinds(self) -> tuple[int, ...]:
+        """Numbers of requests, one for each kernel of the one launch."""
+        return kinds(self.tensors.drafts.shape[0]) if self.in_one_launch(1, 1) else ()
+
+    def _sizes_of_graphs(self, sizes: Iterable[int]) -> list[int]:
+        return [
+            size
+            for size in sorted(set(sizes))
+            if not self.in_one_launch(size, self._most_ids(size))
+        ]
 
     def _most_ids(self, size: int) -> int:
         """Drafts' ids of a window of so many requests that all have the most drafts."""
         return min(size * self.max_drafts, self.tensors.batches[0].slots.shape[0] - 1)
 
-    def _compile(self, requests: int) -> None:
-        """Run the one launch for so many requests, whatever their drafts' ids come to."""
-        with _undone(self.tensors):
-            given = self._nothing(requests, min(self._most_ids(requests), MOST_IDS))
-            _one_launch(self.tensors, *given)(*given)
+    def _decide_nothing(self, requests: int) -> None:
+        """The one launch for so many requests, whatever their drafts' ids come to."""
+        given = self._nothing(requests, min(self._most_ids(requests), MOST_IDS))
+        _one_launch(self.tensors, *given)(*given)
+
+    def _buffers(self, size: int) -> tuple[tuple[Tensor, Tensor, None, None], Verdict]:
+        rows = self._most_ids(size)
+        return self._nothing(size, rows), verdict_buffers(size, rows, self.tensors.error.device)
 
     def _capture(self, size: int) -> None:
-        tensors, rows = self.tensors, self._most_ids(size)
-        given = self._nothing(size, rows)
-        verdict = verdict_buffers(size, rows, tensors.error.device)
+        tensors, (given, verdict) = self.tensors, self._buffers(size)
 
         def compile_all() -> None:
             judge_window(tensors, *given, verdict)
@@ -269,7 +289,7 @@ class GraphValidator:
             try:
                 run = partial(settle, tensors, verdict)
                 graph = capture(run, compile_all, device=tensors.error.device)
-                captured = _Captured(graph, verdict, rows)
+                captured = _Captured(graph, verdict, verdict.mask.shape[0])
                 if self.adaptive and not self._faster(size, captured, given):
                     captured = captured._replace(faster=False)
                 self.graphs[size] = captured

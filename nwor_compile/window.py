@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -398,22 +398,46 @@ class Window:
         powers = [1 << i for i in range(self.max_requests.bit_length())]
         return sorted({*powers, self.max_requests})
 
-    def warm_up(self, sizes: Iterable[int] | None = None) -> None:
-        """Capture the SCV graphs for these numbers of requests (by default for `sizes`).
+    def warm_up(
+        self, sizes: Iterable[int] | None = None, steps: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Compile kernels, and capture the SCV graphs for these numbers of requests (by default for
+        `sizes`).
 
-        Synchronises; call it before the first window. Stages nothing.
+        steps: arguments of `begin`: what opens windows of their kinds is compiled too and, with
+            tail blocks, what `pass_through` launches. As of `record_begin` their tensors are read.
 
-        Raises WindowOrderError while a window is open, WindowInputError for an impossible size.
+        Synchronises; call it before the first window. Stages nothing; counters are unchanged.
+
+        Raises WindowOrderError while a window is open, WindowInputError for an impossible size, and
+        as `begin` for the steps.
         """
         self._expect(State.IDLE, "warm_up")
-        if self.config.scv == "off":
-            return
         sizes = self.sizes if sizes is None else list(sizes)
         if any(not 1 <= size <= self.max_requests for size in sizes):
             raise WindowInputError(
                 f"sizes: expected 1 to {self.max_requests} (max_requests), got {sizes}"
             )
-        self.validator.warm_up(sizes)
+        validator = None if self.config.scv == "off" else self.validator
+        if self.tensors.error.is_cuda:
+            from nwor_compile.ops.kernels.launch import compiled_together  # needs Triton
+
+            with compiled_together():
+                if validator is not None:
+                    validator.compile(sizes)
+                self._open_each(steps)
+        if validator is not None:
+            validator.warm_up(sizes)
+        kept = self.tensors.counters.clone()
+        self._open_each(steps)
+        self.tensors.counters.copy_(kept)
+
+    def _open_each(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        for step in steps:
+            self.begin(**step)
+            self.abort()
+            if self.redirection is not None:
+                self.pass_through(step["block_table"])
 
     def mirror_counters(self, host: Tensor) -> None:
         """From now on leave a copy of the counters in `host`, like `tensors.counters`, after every

@@ -62,6 +62,9 @@ class Function:
 
         return run
 
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: int) -> None:
+        self.log.append(("compiled", grid, arguments, options))
+
 
 @pytest.fixture
 def function(monkeypatch: pytest.MonkeyPatch) -> Function:
@@ -160,6 +163,31 @@ def test_a_window_on_another_device_launches_there(function: Function) -> None:
     kept(1)
     assert function.log[1][:6] == ("kept", 1, 1, 1, 1, 8)
     assert torch.cuda.current_device() == 0
+
+
+def test_together_kernels_are_compiled_and_nothing_is_launched(function: Function) -> None:
+    kept = kept_launch(function)
+    kept(3, numbers=(1,))
+    with launch.compiled_together():
+        kept(3, numbers=(1,))  # known, and not launched either
+        kept((4, 2), constants=(5,))
+        assert launch.launch(function, (6,), 7, num_warps=1) is None
+    assert kinds(function) == ["ordinary", "compiled", "compiled", "compiled"]
+    assert function.log[1:] == [
+        ("compiled", (3,), (1,), {"num_warps": 2}),
+        ("compiled", (4, 2), (5,), {"num_warps": 2}),
+        ("compiled", (6,), (7,), {"num_warps": 1}),
+    ]
+    kept((4, 2), constants=(5,))
+    kept((4, 2), constants=(5,))
+    assert kinds(function)[4:] == ["ordinary", "kept"]
+
+
+def test_what_fails_while_kernels_are_compiled_together_ends_it(function: Function) -> None:
+    with pytest.raises(RuntimeError, match="no step"), launch.compiled_together():
+        raise RuntimeError("no step")
+    kept_launch(function)(3)
+    assert kinds(function) == ["ordinary"]
 
 
 def test_a_profilers_hooks_are_called(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:

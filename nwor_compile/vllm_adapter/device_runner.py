@@ -85,8 +85,11 @@ class DeviceRunnerHooks(RunnerHooks):
         if window is None:
             return
         for requests in window.sizes:
-            window.record_begin(requests, None, **self._kept_step(window, requests))
+            window.record_begin(requests, **self._kept_step(window, requests))
         self._places = self._places_of(self.runner.input_buffers, *self._kept_attention())
+
+    def _steps(self, window: Window) -> list[dict[str, Any]]:
+        return super()._steps(window) + [self._kept_step(window, n) for n in window.sizes]
 
     def _kept_attention(self) -> tuple[list[Tensor], Tensor]:
         tables = self.runner.block_tables
@@ -99,6 +102,7 @@ class DeviceRunnerHooks(RunnerHooks):
         tables, slots = self._kept_attention()
         tokens = requests * (1 + window.max_drafts)
         return {
+            "num_drafts": None,
             "one_certain": True,
             "query_start_loc": buffers.query_start_loc[: requests + 1],
             "slot_mapping": {name: slots[int(name)][:tokens] for name in window.groups},

@@ -84,19 +84,12 @@ class RunnerHooks:
         if window is None:
             return
         start = time.perf_counter()
-        window.warm_up()
-        captured = time.perf_counter()
-        kept = window.tensors.counters.clone()
-        for requests in window.sizes:
-            step = self._empty_step(window, requests)
-            window.begin(**step)
-            window.abort()
-            window.pass_through(step["block_table"])
-        window.tensors.counters.copy_(kept)
-        log.info(
-            "NWOR warm-up: graphs of the commit %.1f s, windows of every size %.1f s",
-            captured - start, time.perf_counter() - captured,
-        )  # fmt: skip
+        window.warm_up(steps=self._steps(window))
+        log.info("NWOR warm-up: %.1f s", time.perf_counter() - start)
+
+    def _steps(self, window: Window) -> list[dict[str, Any]]:
+        """Arguments of `Window.begin`, one for each kind of step to come."""
+        return [self._empty_step(window, requests) for requests in window.sizes]
 
     def _empty_step(self, window: Window, requests: int) -> dict[str, Any]:
         """What `Window.begin` is given in this runner's steps, of requests without drafts."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from nwor_compile.ops.commit import Closing, CommitPlan
 from nwor_compile.ops.commit import cache_table as make_cache_table
 from nwor_compile.ops.counters import COUNTERS, FIXED
-from nwor_compile.ops.kernels.launch import bits, cache_strides, element_offset, on_device
+from nwor_compile.ops.kernels.launch import bits, cache_strides, element_offset, launch, on_device
 
 _WINDOWS = tl.constexpr(COUNTERS["windows"])
 _STAGED = tl.constexpr(COUNTERS["staged"])
@@ -304,7 +304,8 @@ def commit_batch(
         if moved == 0:
             flags = verdict.mask.view(torch.uint8)
     with on_device(error):
-        _commit_kernel[(programs,)](
+        launch(
+            _commit_kernel, (programs,),
             plan.table, constants.element, slots, rows, flags, error, num_drafts, accepted,
             counters, num_sampled, num_rejected, row_map, open_drafts,
             moved, max(1, tiles), *constants.sizes, requests, num_layers, positions, tokens,

@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +105,35 @@ def on_device(where: Tensor | torch.device) -> contextlib.AbstractContextManager
     return torch.cuda.device(device)
 
 
+_compiling: ContextVar[bool] = ContextVar("_compiling", default=False)
+
+
+@contextlib.contextmanager
+def compiled_together() -> Iterator[None]:
+    """Calls of `launch` and of a `KeptLaunch` in here compile their kernels and launch nothing; at
+    the end all are compiled.
+
+    They compile at the same time, each in a thread: most of it happens outside of Python. A kernel
+    that cannot be compiled says so when it is launched.
+    """
+    with ThreadPoolExecutor() as pool:
+        before = _compiling.set(True)
+        try:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                yield
+        finally:
+            _compiling.reset(before)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> Any:
+    """Launch `kernel`, the ordinary way, on the current device; gives the compiled kernel, or None
+    where it was only compiled."""
+    if _compiling.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+        return None
+    return kernel[grid](*arguments, **options)
+
+
 _Argument = Tensor | int | None
 
 
@@ -157,7 +188,7 @@ class KeptLaunch:
                 parts.append(place % 16)
         key = tuple(parts)
         kernel = self.kept.get(key)
-        if kernel is None:
+        if kernel is None or _compiling.get():
             arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
             self._launch_first(programs, key, arguments)
             return
@@ -176,8 +207,8 @@ class KeptLaunch:
     ) -> None:
         grid = programs if isinstance(programs, tuple) else (programs,)
         with on_device(self.device):
-            kernel = self.kernel[grid](*arguments, **self.options)
-        if INTERPRETED or kernel is None:  # a hook of Triton's may refuse to compile
+            kernel = launch(self.kernel, grid, *arguments, **self.options)
+        if INTERPRETED or kernel is None:  # a hook of Triton's may refuse to compile, too
             return
         if len(self.kept) >= MOST_FORMS:  # strides that change from step to step
             self.kept.clear()

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from cases import Geometry, make_batch, make_step, same_bits, write_arguments
+from recorded import FIRST, SECOND, THIRD, Kept, take
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from window_support import ALL, MIXED, NONE, SOME, Rig, rig
 
 from nwor_compile.ops import stage_kv_window
 from nwor_compile.ops.cache_write import STAGE_WRITE
+from nwor_compile.ops.kernels import begin, commit, decide, redirect, scv
 from nwor_compile.ops.library import implementation, pick
 from nwor_compile.ops.rope import ROPE_WRITE
 from nwor_compile.routing import BEGIN
@@ -194,3 +197,53 @@ def test_a_kept_kernel_is_captured_and_reads_its_arguments_at_the_replay() -> No
             assert plan.routing.num_drafts[: counts.shape[0]].tolist() == counts.tolist()
         r.window.tensors.routing.row_map.fill_(-1)
         r.window.tensors.routing.num_drafts.zero_()
+
+
+@pytest.mark.usefixtures("deciding")
+def test_warm_up_compiles_all_kernels_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the commit, of openings as recorded and anew, and of steps without a window."""
+    kernels = [
+        kernel
+        for module in (begin, redirect, decide, scv, commit)
+        for kernel in vars(module).values()
+        if isinstance(kernel, JITFunction) and kernel.__name__.endswith("_kernel")
+    ]
+    for kernel in kernels:
+        kernel.device_caches.clear()
+
+    def compiled() -> dict[str, int]:
+        found = {kernel.__name__: len(kernel.device_caches[0][0]) for kernel in kernels}
+        return {name: count for name, count in found.items() if count}
+
+    with rig(THIRD, geometries=(GEOMETRY,), tail=True) as r:
+        kept, batch, together = Kept(r), r.batch, []
+        steps = [kept.arguments(size) for size in r.window.sizes]
+        steps.append({
+            "num_drafts": torch.zeros_like(batch.num_drafts),
+            "query_start_loc": batch.query_start_loc, "slot_mapping": batch.slot_mapping,
+            "block_table": batch.block_table, "seq_lens": batch.seq_lens,
+        })  # fmt: skip
+        warm_up = r.window.validator.warm_up
+
+        def spy(sizes: Any) -> None:
+            together.append(compiled())
+            assert not r.window.opening.launches[0].kept
+            warm_up(sizes)
+
+        monkeypatch.setattr(r.window.validator, "warm_up", spy)
+        before = r.rows()
+        r.window.warm_up(steps=steps)
+        assert together == [compiled()]
+        assert {"_begin_kernel", "_redirect_kernel", "_pass_kernel"} < set(together[0])
+        assert r.window.opening.launches[0].kept
+        assert not r.window.tensors.counters.any()
+        assert r.holds(before)
+        for spans, accepted in ((FIRST, [3, 0, 2, 0]), (SECOND, [0, 4]), (THIRD, [5, 1, 0, 0, 1])):
+            take(r, kept, spans, 1)
+            r.begin()
+            for layer in r.layers:
+                stage_kv_window(**write_arguments(layer, r.batch))
+            sampling = r.sampling(accepted)
+            r.window.commit(sampling.sampled_ids, r.batch.draft_ids, sampling.num_sampled)
+        new = {name for name, count in compiled().items() if count != together[0].get(name)}
+        assert not new & {"_decide_kernel", "_judge_kernel", "_commit_kernel", "_pass_kernel"}
