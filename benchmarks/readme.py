@@ -37,12 +37,17 @@ def newest(prefix: str) -> Path:
 
     Raises FileNotFoundError naming the command that makes one.
     """
+    return every(prefix)[-1]
+
+
+def every(prefix: str) -> list[Path]:
+    """The records of a kind, oldest first; raises as `newest`."""
     found = sorted(RECORDS.glob(f"{prefix}-*.json"))
     if not found:
         raise FileNotFoundError(
             f"no {prefix} record in {RECORDS}; benchmarks/README.md has the command that makes one"
         )
-    return found[-1]
+    return found
 
 
 def demo_block() -> str:
@@ -353,15 +358,19 @@ def _engine_row(result: EngineResult, summary: Summary, speed: Sequence[str]) ->
 
 def steps_block() -> str:
     """Decode steps of vLLM engines on a GPU, stock against staged, and how many cases are equal."""
-    path = newest("vllm-gpu-steps")
-    record = Record.model_validate_json(path.read_text())
-    shown = tables(record)[0]
-    kept = [i for i, name in enumerate(shown.head) if name not in ("spread", "wall", "tokens/s")]
-    rows = [[row[index] for index in kept] for row in shown.rows]
-    texts = [
-        f"`{record.commands[-1]}` ({record.device}, vLLM {record.versions['vllm']}, "
-        f"`{path.relative_to(ROOT)}`):\n\n{_table([shown.head[i] for i in kept], rows)}"
-    ]
+    texts, shown = [], set()
+    for path in reversed(every("vllm-gpu-steps")):
+        record = Record.model_validate_json(path.read_text())
+        new = [row for row in record.rows if row.key not in shown]
+        shown.update(row.key for row in new)
+        table = tables(record.model_copy(update={"rows": new}))[0]
+        kept = [i for i, n in enumerate(table.head) if n not in ("spread", "wall", "tokens/s")]
+        rows = [[row[index] for index in kept] for row in table.rows]
+        before = "" if not texts else "Points that this record lacks: "
+        texts.append(
+            f"{before}`{record.commands[-1]}` ({record.device}, vLLM {record.versions['vllm']}, "
+            f"`{path.relative_to(ROOT)}`):\n\n{_table([table.head[i] for i in kept], rows)}"
+        )
     texts.append(_varied_steps())
     path = newest("vllm-gpu-matrix")
     cases = Counter(row["state"] for row in json.loads(path.read_text())["rows"])
@@ -382,7 +391,7 @@ VARIED_STEPS = (
 
 def _varied_steps() -> str:
     """Ratios of the runs in which one thing is otherwise, a configuration a row."""
-    paths = [newest(prefix) for prefix in VARIED_STEPS]
+    paths = [path for prefix in VARIED_STEPS for path in every(prefix)]
     found: dict[str, dict[str, str]] = {}
     for path in paths:
         for row in Record.model_validate_json(path.read_text()).rows:
