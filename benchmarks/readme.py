@@ -362,11 +362,13 @@ def steps_block() -> str:
     for path in reversed(every("vllm-gpu-steps")):
         record = Record.model_validate_json(path.read_text())
         new = [row for row in record.rows if row.key not in shown]
-        shown.update(row.key for row in new)
+        if not new:
+            continue
+        shown.update(row.key for row in new if row.status != "void")
         table = tables(record.model_copy(update={"rows": new}))[0]
         kept = [i for i, n in enumerate(table.head) if n not in ("spread", "wall", "tokens/s")]
         rows = [[row[index] for index in kept] for row in table.rows]
-        before = "" if not texts else "Points that this record lacks: "
+        before = "" if not texts else "Points that this record lacks, or has as void: "
         texts.append(
             f"{before}`{record.commands[-1]}` ({record.device}, vLLM {record.versions['vllm']}, "
             f"`{path.relative_to(ROOT)}`):\n\n{_table([table.head[i] for i in kept], rows)}"

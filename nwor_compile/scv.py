@@ -11,7 +11,6 @@ After `validate`, `finish` or `host_loop` the routing is closed: every token is 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +28,6 @@ from nwor_compile.ops.library import pick
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.scv import JUDGE, JudgePlan, Verdict, layer_faults, verdict_buffers
 from nwor_compile.ops.staging import Routing
-
-log = logging.getLogger("nwor_compile")
 
 
 class Committed(NamedTuple):

@@ -83,14 +83,14 @@ class _Replay(NamedTuple):
 class _OneLaunch(NamedTuple):
     """The same for windows that are decided in one launch.
 
-    counts: tensors int32 `[R]`, each for one window: what it hands to its caller.
+    counts: what each window hands to its caller.
     """
 
     tensors: WindowTensors
     decide: Decide
     accepted: Tensor
     mask: Tensor
-    counts: Iterator[Tensor]
+    counts: _OwnCounts
 
     def __call__(
         self,
@@ -103,7 +103,7 @@ class _OneLaunch(NamedTuple):
         tensors, decide, accepted, mask, counts = self
         given = (sampled_ids, draft_ids, num_sampled, num_rejected)
         mirror = tensors.mirrors[0] if tensors.mirrors else None
-        own = None if num_sampled is None else (next(counts), next(counts))
+        own = None if num_sampled is None else counts.take()
         with span("nwor.commit"):
             decide(*given, own, mirror)
         if own is None:
@@ -114,18 +114,26 @@ class _OneLaunch(NamedTuple):
 _MADE = 128  # tensors at a time
 
 
-def _own_counts(requests: int, device: torch.device) -> Iterator[Tensor]:
+class _OwnCounts:
     """Tensors int32 `[requests]`, not initialised, that belong to whoever takes them.
 
     Many are made at a time: to allocate each window's would take the host a third as long as all
     the rest of a commit. Each begins at a multiple of 16 bytes, as an allocation does, because
     Triton compiles the kernels that read it by that.
     """
-    columns = -(-requests // 4) * 4
-    while True:
-        with torch.inference_mode(False):  # a window in that mode would make tensors for it alone
-            some = torch.empty(_MADE, columns, dtype=torch.int32, device=device)
-        yield from some[:, :requests].unbind(0)
+
+    def __init__(self, requests: int, device: torch.device) -> None:
+        self.requests, self.device = requests, device
+        self.made: list[Tensor] = []
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Two of them."""
+        if not self.made:
+            columns = -(-self.requests // 4) * 4
+            with torch.inference_mode(False):  # a window in that mode would make them for it alone
+                some = torch.empty(_MADE, columns, dtype=torch.int32, device=self.device)
+            self.made = list(some[:, : self.requests].unbind(0))
+        return self.made.pop(), self.made.pop()
 
 
 _KEPT_FORMS = 1024
@@ -229,7 +237,7 @@ class GraphValidator:
         self.vectorised[reason] = self.vectorised.get(reason, 0) + 1
 
     def compile(self, sizes: Iterable[int]) -> None:
-        """Call once each kernel that `warm_up` needs, for `compiled_together`."""
+        """Call once each kernel that `warm_up` needs, for `compile_together`."""
         for requests in self._kinds():
             self._decide_nothing(requests)
         for size in self._sizes_of_graphs(sizes):
@@ -361,7 +369,7 @@ def _one_launch(
     requests = sampled_ids.shape[0]
     return _OneLaunch(
         tensors, decide, plan.accepted[:requests], plan.mask[: ids.shape[0]],
-        _own_counts(requests, tensors.error.device),
+        _OwnCounts(requests, tensors.error.device),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from nwor_compile.metrics import Metrics, read_metrics
 from nwor_compile.opening import Limits, Opening, Recorded, by_group, form_of, opening_of
 from nwor_compile.ops import counter_size
 from nwor_compile.ops.counters import COUNTERS
-from nwor_compile.ops.library import pick
+from nwor_compile.ops.library import pick, uses_triton
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import (
     LayerStaging,
@@ -56,8 +56,10 @@ class State(enum.Enum):
 class Window:
     """Staging of one model's layers, and the steps that run through it.
 
-    All memory is allocated here, once. Ops that the pass put into a graph find their layer by its
-    key cache, so the graph needs no change when a window opens, commits or is closed.
+    All calls come from one thread and, on CUDA, with one current stream. All memory is allocated
+    here, once, but for the counts that `commit` hands out. Ops that the pass put into a graph find
+    their layer by its key cache, so the graph needs no change when a window opens, commits or is
+    closed.
 
     Args:
         layers: name to (key cache, value cache), the target model's layers and no others. Caches
@@ -404,8 +406,9 @@ class Window:
         """Compile kernels, and capture the SCV graphs for these numbers of requests (by default for
         `sizes`).
 
-        steps: arguments of `begin`: what opens windows of their kinds is compiled too and, with
-            tail blocks, what `pass_through` launches. As of `record_begin` their tensors are read.
+        steps: arguments of `begin`, of steps without drafts: what opens windows of their kinds is
+            compiled too and, with tail blocks, what `pass_through` launches. Tensors are read as by
+            `record_begin`.
 
         Synchronises; call it before the first window. Stages nothing; counters are unchanged.
 
@@ -418,26 +421,37 @@ class Window:
             raise WindowInputError(
                 f"sizes: expected 1 to {self.max_requests} (max_requests), got {sizes}"
             )
-        validator = None if self.config.scv == "off" else self.validator
-        if self.tensors.error.is_cuda:
-            from nwor_compile.ops.kernels.launch import compiled_together  # needs Triton
+        openings = [opening_of(**step) for step in steps]
+        for opening in openings:
+            opening.check(self._limits)
+        device = self.tensors.error.device
+        if device.type == "cuda" and uses_triton(device):
+            from nwor_compile.ops.kernels.launch import compile_together
 
-            with compiled_together():
-                if validator is not None:
-                    validator.compile(sizes)
-                self._open_each(steps)
-        if validator is not None:
-            validator.warm_up(sizes)
+            compile_together(lambda: self._call_kernels(sizes, openings))
+        if self.config.scv != "off":
+            self.validator.warm_up(sizes)
         kept = self.tensors.counters.clone()
-        self._open_each(steps)
-        self.tensors.counters.copy_(kept)
+        try:
+            for step in steps:
+                self.begin(**step)
+                self.abort()
+                if self.redirection is not None:
+                    self.pass_through(step["block_table"])
+        finally:
+            self.tensors.counters.copy_(kept)
 
-    def _open_each(self, steps: Sequence[Mapping[str, Any]]) -> None:
-        for step in steps:
-            self.begin(**step)
-            self.abort()
-            if self.redirection is not None:
-                self.pass_through(step["block_table"])
+    def _call_kernels(self, sizes: Iterable[int], openings: Iterable[Opening]) -> None:
+        """Each kernel that such windows need, for `compile_together`: poison and log are not to
+        look at windows that were never opened."""
+        if self.config.scv != "off":
+            self.validator.compile(sizes)
+        for opening in openings:
+            self._call_begin(opening)
+            self._call_redirect(opening)
+            if self.redirection is not None and opening.tables is not None:
+                self.redirection.pass_through(opening.tables)
+        self._drop()
 
     def mirror_counters(self, host: Tensor) -> None:
         """From now on leave a copy of the counters in `host`, like `tensors.counters`, after every
@@ -560,20 +574,26 @@ class Window:
     def _route(self, opening: Opening) -> None:
         tensors, routing = self.tensors, self.tensors.routing
         self._log.flush()
-        pick(BEGIN, tensors.error.device)(
-            self.opening, opening.counts, opening.starts,
-            [opening.slots[group] for group in self.groups], opening.lengths, opening.ids,
-        )  # fmt: skip
+        self._call_begin(opening)
         if not tensors.staging:  # every row is certain, those that would be drafts too
             tensors.counters[COUNTERS["certain"]] += (routing.row_map >= 0).sum()
             clear(routing)
         # By the routing that holds now: in mode `off` there are no drafts to lead to.
-        tables, lengths = opening.tables, opening.lengths
-        if self.redirection is not None and tables is not None and lengths is not None:
-            self.redirection.redirect(tables, lengths, opening.starts)
+        self._call_redirect(opening)
         if self.config.poison != "off":
             poison_open_slots(tensors.batches, self.config.poison, self.kv_cache_dtype)
         self._log.begun(tensors, self._requests)
+
+    def _call_begin(self, opening: Opening) -> None:
+        pick(BEGIN, self.tensors.error.device)(
+            self.opening, opening.counts, opening.starts,
+            [opening.slots[group] for group in self.groups], opening.lengths, opening.ids,
+        )  # fmt: skip
+
+    def _call_redirect(self, opening: Opening) -> None:
+        tables, lengths = opening.tables, opening.lengths
+        if self.redirection is not None and tables is not None and lengths is not None:
+            self.redirection.redirect(tables, lengths, opening.starts)
 
     def _check_poison(self) -> None:
         """Invariant 1 in debug: the open slots of every layer still hold the poison."""

@@ -168,10 +168,13 @@ def test_a_window_on_another_device_launches_there(function: Function) -> None:
 def test_together_kernels_are_compiled_and_nothing_is_launched(function: Function) -> None:
     kept = kept_launch(function)
     kept(3, numbers=(1,))
-    with launch.compiled_together():
+
+    def calls() -> None:
         kept(3, numbers=(1,))  # known, and not launched either
         kept((4, 2), constants=(5,))
         assert launch.launch(function, (6,), 7, num_warps=1) is None
+
+    launch.compile_together(calls)
     assert kinds(function) == ["ordinary", "compiled", "compiled", "compiled"]
     assert function.log[1:] == [
         ("compiled", (3,), (1,), {"num_warps": 2}),
@@ -183,11 +186,21 @@ def test_together_kernels_are_compiled_and_nothing_is_launched(function: Functio
     assert kinds(function)[4:] == ["ordinary", "kept"]
 
 
-def test_what_fails_while_kernels_are_compiled_together_ends_it(function: Function) -> None:
-    with pytest.raises(RuntimeError, match="no step"), launch.compiled_together():
+def test_what_fails_while_kernels_are_compiled_leaves_nothing_behind(
+    function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*rest: object) -> None:
         raise RuntimeError("no step")
+
+    with pytest.raises(RuntimeError, match="no step"):
+        launch.compile_together(fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.triton.AsyncCompileMode, "__exit__", fail)  # before it has cleaned up
+        with pytest.raises(RuntimeError, match="no step"):
+            launch.compile_together(lambda: None)
+    launch.compile_together(lambda: kept_launch(function)(3))
     kept_launch(function)(3)
-    assert kinds(function) == ["ordinary"]
+    assert kinds(function) == ["compiled", "ordinary"]
 
 
 def test_a_profilers_hooks_are_called(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:

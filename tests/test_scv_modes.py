@@ -21,7 +21,7 @@ from nwor_compile import Committed
 from nwor_compile.ops.error_bits import ID_MISMATCH
 from nwor_compile.ops.scv import accept_mask_reference, verdict_buffers
 from nwor_compile.scv import WindowTensors, host_loop, settle, validate
-from nwor_compile.validator import _Captured, _one_launch, _own_counts, _replay
+from nwor_compile.validator import _Captured, _one_launch, _OwnCounts, _replay
 
 MODES = ("off", "graph", "adaptive")
 
@@ -645,8 +645,20 @@ def test_a_commit_under_capture_replays_no_graph(
 
 def test_counts_that_a_window_hands_out_are_aligned_and_nobody_elses() -> None:
     with torch.inference_mode():
-        counts = _own_counts(3, torch.device("cpu"))
-        taken = [next(counts).fill_(i) for i in range(300)]
-    assert all(count.tolist() == [i] * 3 for i, count in enumerate(taken))
+        counts = _OwnCounts(3, torch.device("cpu"))
+        taken = [count.fill_(i) for i in range(300) for count in counts.take()]
+    assert [count.tolist() for count in taken] == [[i] * 3 for i in range(300) for _ in range(2)]
     assert {(count.dtype, tuple(count.shape)) for count in taken} == {(torch.int32, (3,))}
     assert not any(count.data_ptr() % 16 or count.is_inference() for count in taken)
+
+
+def test_counts_are_there_again_when_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    counts = _OwnCounts(3, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            counts.take()
+    assert [count.shape[0] for count in counts.take()] == [3, 3]

@@ -12,6 +12,8 @@ from recorded import FIRST, SECOND, THIRD, Kept, commit, take
 from window_support import NONE, Rig, open_windows, rig
 
 from nwor_compile.errors import WindowInputError, WindowOrderError
+from nwor_compile.opening import opening_of
+from nwor_compile.ops.library import implementation
 from nwor_compile.window import State
 
 
@@ -260,3 +262,41 @@ def test_a_begin_that_fails_leaves_direct_mode(
     before = r.rows()
     r.forward()
     assert r.holds(r.expected(before, [2, 4]))
+
+
+@pytest.mark.parametrize("poison", ["off", "nan"])
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_warm_up_over_steps_changes_nothing(compiled: bool, tail: bool, poison: str) -> None:
+    """After a window, whose slots are still known; called, or only compiled."""
+    launch = pytest.importorskip("nwor_compile.ops.kernels.launch")
+    with rig(FIRST, tail=tail, poison=poison) as r:
+        kept = Kept(r)
+        steps = [kept.arguments(size) for size in (1, 4)]
+        r.run([3, 0, 0, 1])
+        before = (r.rows(), r.window.tensors.counters.clone(), r.window.tensors.error.clone())
+        if compiled:
+            openings = [opening_of(**step) for step in steps]
+            with implementation("triton"):
+                launch.compile_together(lambda: r.window._call_kernels([1, 4], openings))
+        else:
+            r.window.warm_up([1, 4], steps)
+        assert r.holds(before[0])
+        assert torch.equal(r.window.tensors.counters, before[1])
+        assert compiled or torch.equal(r.window.tensors.error, before[2])
+        assert r.window.state is State.IDLE
+        assert not r.window.tensors.routing.num_drafts.any()
+        r.new_rows(1)
+        rows = r.rows()
+        r.run([2, 0, 1, 1])
+        assert r.holds(r.expected(rows, [2, 0, 1, 1]))
+
+
+def test_warm_up_refuses_steps_before_it_takes_any() -> None:
+    with rig(FIRST) as r:
+        kept = Kept(r)
+        good, counters = kept.arguments(2), r.window.tensors.counters.clone()
+        with pytest.raises(WindowInputError, match="query_start_loc"):
+            r.window.warm_up([1], [good, {**good, "query_start_loc": torch.zeros(3)}])
+        assert torch.equal(r.window.tensors.counters, counters)
+        assert r.window.state is State.IDLE

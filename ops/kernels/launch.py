@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, NamedTuple
 
 import torch
@@ -108,21 +108,22 @@ def on_device(where: Tensor | torch.device) -> contextlib.AbstractContextManager
 _compiling: ContextVar[bool] = ContextVar("_compiling", default=False)
 
 
-@contextlib.contextmanager
-def compiled_together() -> Iterator[None]:
-    """Calls of `launch` and of a `KeptLaunch` in here compile their kernels and launch nothing; at
-    the end all are compiled.
+def compile_together(calls: Callable[[], None]) -> None:
+    """Call `calls`, in which `launch` and every `KeptLaunch` compile their kernels and launch
+    nothing; at the end all are compiled.
 
     They compile at the same time, each in a thread: most of it happens outside of Python. A kernel
     that cannot be compiled says so when it is launched.
     """
-    with ThreadPoolExecutor() as pool:
-        before = _compiling.set(True)
-        try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                yield
-        finally:
-            _compiling.reset(before)
+    # A context of its own: Triton's mode is a variable of the context, and stays set if something
+    # fails while it waits for its threads.
+    copy_context().run(_compile_together, calls)
+
+
+def _compile_together(calls: Callable[[], None]) -> None:
+    _compiling.set(True)
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        calls()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> Any:
