@@ -38,6 +38,7 @@ from nwor_compile.ops.staging import (
 )
 from nwor_compile.poison import poison_open_slots, touched_early
 from nwor_compile.routing import BEGIN, BeginPlan, Kept, allocate_routing, clear
+from nwor_compile.sampled import Expected, problem_of
 from nwor_compile.scv import Committed, WindowTensors, finish, host_loop
 from nwor_compile.tail_blocks import Redirection, TailBlocks, layout_of, tail_blocks_needed
 from nwor_compile.validator import GraphValidator
@@ -614,7 +615,10 @@ class Window:
         if short is None or short != self._said_commit:
             whole = (self._requests, self._knows_ids, *[form_of(each) for each in given])
             if whole != self._right_commit:
-                problem = self._problem(*given)
+                known = Expected(
+                    self._requests, self.capacity, self.tensors.error.device, self._knows_ids
+                )
+                problem = problem_of(known, *given)
                 if problem:
                     return self._fall_back(problem, draft_ids, num_sampled, num_rejected)
                 self._right_commit = whole
@@ -629,45 +633,6 @@ class Window:
         if self.config.scv == "off":
             return host_loop(self.tensors, *given)
         return self.validator(*given, form=self._right_commit)
-
-    def _problem(
-        self,
-        sampled_ids: Tensor,
-        draft_ids: Tensor | None,
-        num_sampled: Tensor | None,
-        num_rejected: Tensor | None,
-    ) -> str | None:
-        """What is wrong with the sampler's ids, from shapes and dtypes alone; None if nothing."""
-        counts = {"num_sampled": num_sampled, "num_rejected": num_rejected}
-        given = {"sampled_ids": sampled_ids}
-        given.update({name: count for name, count in counts.items() if count is not None})
-        if draft_ids is not None:
-            given["draft_ids"] = draft_ids
-        elif not self._knows_ids:
-            return "draft_ids: expected the drafts' ids, since begin was given no token ids"
-        if num_rejected is not None and num_sampled is None:
-            return "num_rejected: expected num_sampled with it"
-        for name, tensor in given.items():
-            if not isinstance(tensor, Tensor):
-                return f"{name}: expected a tensor, got {type(tensor).__name__}"
-        integers = (torch.int32, torch.int64)
-        device = self.tensors.error.device
-        if sampled_ids.dim() != 2 or sampled_ids.shape[0] != self._requests:
-            return (
-                f"sampled_ids: expected [{self._requests}, columns], got {list(sampled_ids.shape)}"
-            )
-        if draft_ids is not None and (draft_ids.dim() != 1 or draft_ids.shape[0] > self.capacity):
-            return f"draft_ids: expected [at most {self.capacity}], got {list(draft_ids.shape)}"
-        for name, count in counts.items():
-            if count is not None and list(count.shape) != [self._requests]:
-                return f"{name}: expected [{self._requests}], got {list(count.shape)}"
-        for name, tensor in given.items():
-            if tensor.dtype not in integers or tensor.device != device:
-                return (
-                    f"{name}: expected int32 or int64 on {device}, got {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
-        return None
 
     def _fall_back(
         self,
