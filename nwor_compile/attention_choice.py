@@ -29,6 +29,11 @@ def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: boo
     return requests <= ALWAYS_REQUESTS
 
 
+def always_fused(requests: int, longest_span: int) -> bool:
+    """True where `prefers_fused` is, whatever the contexts and the heads."""
+    return 1 < longest_span <= FUSED_SPAN and requests <= ALWAYS_REQUESTS
+
+
 def ever_depends_on_tokens(longest: int, *, grouped: bool) -> bool:
     """Whether contexts can decide for a layer, in an engine of up to `longest` tokens a request."""
     return grouped and FUSED_REQUESTS * longest > FUSED_TOKENS

@@ -342,6 +342,23 @@ def test_large_points_run_one_engine_at_a_time_and_larger_ones_not_at_all(tmp_pa
     assert harness.windows("16x32768") == ["stock"] * 4 + ["stage"] * 4
 
 
+def test_a_run_that_is_killed_between_points_keeps_those_that_all_engines_measured(
+    tmp_path: Path,
+) -> None:
+    harness = Harness(tmp_path, points="1x512,16x512", one_at_a_time=True)
+
+    def override(engine: FakeEngine, operation: str, arguments: dict[str, Any]) -> None:
+        if engine.mode.staged and operation == "fill" and arguments["batch"] == 16:
+            raise SystemExit
+
+    harness.override = override  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        harness.run()
+    kept = RowFile(tmp_path)
+    kept.open(harness.plan.workload(), resume=True)
+    assert [(row.batch, row.status) for row in kept.rows.values()] == [(1, "ok")]
+
+
 def test_a_point_that_fits_one_mode_alone_is_a_memory_row(tmp_path: Path) -> None:
     harness = Harness(tmp_path, points="16x512", one_at_a_time=True)
     harness.override = lambda engine, operation, arguments: (  # type: ignore[method-assign]

@@ -311,38 +311,47 @@ class Run:
                 if not engines:
                     self._fail(configuration, points, _errors(found))
                     return
-                self._alone(configuration, mode, engines[mode.label], rows, found)
+                last = mode == self.plan.modes[-1]
+                self._alone(configuration, mode, engines[mode.label], rows, reports, last=last)
             finally:
                 _close(engines)
-        for point, row in rows.items():
-            row.interleaved, row.attempts = False, 1
-            if not self._fits(configuration, point, reports):
-                self._unfit(configuration, point, self._shortage(configuration, point, reports))
-            else:
-                self._add(row if row.status == "failed" else conclude(row))
 
     def _alone(
         self, configuration: Configuration, mode: Mode, engine: Engine, rows: dict[Point, Row],
-        reports: dict[str, EngineReport],
+        reports: dict[str, EngineReport], *, last: bool,
     ) -> None:  # fmt: skip
+        """One engine at all points. After the last engine a point is finished, and its row is
+        written before the next is begun. reports: of this engine and those before."""
         lost = ""
         for point, row in rows.items():
-            if row.status == "failed" or not self._fits(configuration, point, reports):
+            fits = self._fits(configuration, point, reports)
+            if row.status != "failed" and fits:
+                lost = self._windows_alone(mode.label, engine, point, row, lost)
+            if not last:
                 continue
-            try:
-                if lost:
-                    raise EngineError(lost)
-                row.fill_seconds[mode.label] = engine.ask("fill", **_where(point))["seconds"]
-                self._window(engine, point)  # not measured
-                row.windows[mode.label] = [
-                    self._measured(mode.label, engine, point) for _ in range(self.plan.repeats)
-                ]
-                if point in self.plan.profile:
-                    row.profiles[mode.label] = self._window(engine, point, profile=True)
-                self.say(f"{_title(row)}: {mode.label} measured")
-            except EngineError as error:
-                row.status, row.reason = "failed", f"{mode.label}: {error}"
-                lost = "" if error.kind else str(error)
+            row.interleaved, row.attempts = False, 1
+            if fits:
+                self._add(row if row.status == "failed" else conclude(row))
+            else:
+                self._unfit(configuration, point, self._shortage(configuration, point, reports))
+
+    def _windows_alone(self, name: str, engine: Engine, point: Point, row: Row, lost: str) -> str:
+        """lost: why the engine answers no more, or an empty string; the same comes back."""
+        try:
+            if lost:
+                raise EngineError(lost)
+            row.fill_seconds[name] = engine.ask("fill", **_where(point))["seconds"]
+            self._window(engine, point)  # not measured
+            row.windows[name] = [
+                self._measured(name, engine, point) for _ in range(self.plan.repeats)
+            ]
+            if point in self.plan.profile:
+                row.profiles[name] = self._window(engine, point, profile=True)
+            self.say(f"{_title(row)}: {name} measured")
+        except EngineError as error:
+            row.status, row.reason = "failed", f"{name}: {error}"
+            return "" if error.kind else str(error)
+        return ""
 
     # Both
 

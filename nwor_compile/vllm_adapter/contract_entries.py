@@ -392,6 +392,32 @@ CUDA: tuple[Entry, ...] = (
         FLASH_BACKEND, "FlashAttentionMetadata", ("query_start_loc", "seq_lens", "block_table"),
         until=CUDA_END,
     ),
+    # Steps whose graphs need no schedule for FlashAttention 3.
+    Function(
+        FLASH_BACKEND, "FlashAttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"), exact=True,
+        until=CUDA_END,
+    ),
+    Text(
+        FLASH_BACKEND, "FlashAttentionMetadataBuilder.build",
+        "self.aot_schedule and not fast_build and not envs.VLLM_BATCH_INVARIANT", until=CUDA_END,
+    ),
+    Attributes(
+        FLASH_BACKEND, "FlashAttentionMetadataBuilder",
+        ("aot_sliding_window", "rswa_window", "compilation_config"), until=CUDA_END,
+    ),
+    Function(FLASH_BACKEND, "FlashAttentionBackend.get_builder_cls", (), until=CUDA_END),
+    Text(
+        BACKEND, "AttentionMetadataBuilder.build_for_cudagraph_capture",
+        "self.build(common_prefix_len=0, common_attn_metadata=common_attn_metadata)",
+        until=CUDA_END,
+    ),
+    Attributes(BACKEND, "AttentionMetadataBuilder", ("layer_names",), until=CUDA_END),
+    Names(
+        BACKEND, "CommonAttentionMetadata",
+        ("num_reqs", "num_actual_tokens", "max_query_len", "causal", "mm_req_doc_ranges"),
+        until=CUDA_END,
+    ),
     Attributes(
         "v1/spec_decode/llm_base_proposer.py", "SpecDecodeBaseProposer",
         ("_draft_attn_layer_names",), until=CUDA_END,

@@ -5,6 +5,13 @@ does, and is what runs in all other cases. Which one runs follows from the step'
 some shapes from its contexts: those are captured for both, see `context_graphs.py`. Cache, metadata
 and CUDA-graph support are FlashAttention's: K and V lie packed in the last dimension of vLLM's
 `[blocks, kv_heads, block, 2 * D]`, in any order of strides.
+
+NOTE [no schedule]: before each step vLLM's builder makes a schedule for FlashAttention 3, by three
+launches, and FULL graphs read it where it lay when they were captured. In graphs in which this
+package's kernel attends in all of the target's layers only a drafter would read it. They are
+captured without one, so that the drafter's layer makes its own as it runs, and for steps of their
+shape none is made any more: such steps are short, and many wait for the host. A step whose graph
+was captured with a schedule always gets one.
 """
 
 from __future__ import annotations
@@ -13,11 +20,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.attention_choice import ever_depends_on_tokens, prefers_fused
+from nwor_compile.attention_choice import always_fused, ever_depends_on_tokens, prefers_fused
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -45,10 +57,11 @@ class NworFlashImpl(FlashAttentionImpl):
     """FlashAttention, or where `fused` says so this package's kernel, on the target's layers.
 
     attention: the setting of this name; `stock` until `choose` is called, which is done for the
-        target's layers alone.
+        target's layers alone. chosen: it was.
     """
 
     attention: Literal["auto", "stock", "fused"] = "stock"
+    chosen = False
     _longest = 0
     _contexts: ContextGraphs | None = None
 
@@ -63,6 +76,7 @@ class NworFlashImpl(FlashAttentionImpl):
         longest: tokens that a request may reach. contexts: knows them step by step.
         """
         problem = self._fused_refusal()
+        self.chosen = True
         self._longest, self._contexts = longest, contexts
         self.attention = "stock" if problem and attention == "auto" else attention
         return problem if attention == "fused" else ""
@@ -73,6 +87,12 @@ class NworFlashImpl(FlashAttentionImpl):
         return self.attention == "auto" and ever_depends_on_tokens(
             self._longest, grouped=self.num_heads > self.num_kv_heads
         )
+
+    def always_fused(self, requests: int, longest_span: int) -> bool:
+        """Whether this package's kernel attends in every step of this shape with a plain mask."""
+        if self.attention == "auto":
+            return always_fused(requests, longest_span)
+        return self.attention == "fused"
 
     def _fused_refusal(self) -> str:
         for present, what in (
@@ -145,10 +165,54 @@ def _is_plain(metadata: Any) -> bool:
     return metadata.causal is True and not masked
 
 
+class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
+    """FlashAttention's metadata, without a schedule where nobody needs one: NOTE [no schedule]."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Requests, tokens and the longest span of the steps that graphs were captured without for.
+        self._unscheduled: set[tuple[int, int, int]] = set()
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> FlashAttentionMetadata:
+        """The metadata that a FULL graph records, and the steps that will replay it need."""
+        # The first schedule settles which window schedules are made for.
+        if self.aot_sliding_window is not None and self._needs_none(common_attn_metadata):
+            self._unscheduled.add(_shape(common_attn_metadata))
+        return super().build_for_cudagraph_capture(common_attn_metadata)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        """A step's metadata. fast_build: vLLM's name for metadata without a schedule."""
+        without = fast_build or _shape(common_attn_metadata) in self._unscheduled
+        return super().build(common_prefix_len, common_attn_metadata, without)
+
+    def _needs_none(self, step: Any) -> bool:
+        context = self.compilation_config.static_forward_context
+        impls = [getattr(context[name], "impl", None) for name in self.layer_names]
+        target = [impl for impl in impls if isinstance(impl, NworFlashImpl) and impl.chosen]
+        # Masks of the model, not of a step; see `_is_plain`.
+        plain = step.causal is True and self.rswa_window is None and not step.mm_req_doc_ranges
+        return (
+            plain
+            and bool(target)
+            and all(impl.always_fused(step.num_reqs, step.max_query_len) for impl in target)
+        )
+
+
+def _shape(step: Any) -> tuple[int, int, int]:
+    return step.num_reqs, step.num_actual_tokens, step.max_query_len
+
+
 class NworFlashBackend(FlashAttentionBackend):
-    """FLASH_ATTN's contract with the implementation above."""
+    """FLASH_ATTN's contract with the implementation and the metadata above."""
 
     @staticmethod
     def get_impl_cls() -> type[NworFlashImpl]:
         """The implementation."""
         return NworFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[NworFlashMetadataBuilder]:
+        """What makes its metadata."""
+        return NworFlashMetadataBuilder

@@ -256,6 +256,115 @@ def test_masks_that_the_fused_kernel_does_not_know_go_to_the_engines_own() -> No
             impl._fused(other)
 
 
+class TestSchedules:
+    """NOTE [no schedule] of `cuda_backend`: which steps get none of FlashAttention's."""
+
+    @pytest.fixture
+    def built(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+        """Of each build by vLLM's own builder, whether it was to make no schedule."""
+        from vllm.v1.attention.backends import flash_attn
+
+        built: list[bool] = []
+
+        def build(builder: Any, common_prefix_len: int, step: Any, fast_build: bool = False) -> Any:
+            built.append(fast_build)
+            builder.aot_sliding_window = (-1, -1)
+            return step
+
+        monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "build", build)
+        return built
+
+    @staticmethod
+    def builder(*layers: Any) -> Any:
+        """A builder for these layers' implementations that has built once."""
+        from nwor_compile.vllm_adapter.cuda_backend import NworFlashMetadataBuilder
+
+        made = object.__new__(NworFlashMetadataBuilder)
+        context = {str(i): SimpleNamespace(impl=impl) for i, impl in enumerate(layers)}
+        made.__dict__.update(
+            layer_names=list(context), rswa_window=None, aot_sliding_window=(-1, -1),
+            compilation_config=SimpleNamespace(static_forward_context=context),
+            _unscheduled=set(),
+        )  # fmt: skip
+        return made
+
+    @staticmethod
+    def layer(attention: str | None) -> Any:
+        """A target's layer; None: a drafter's."""
+        from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
+
+        impl = object.__new__(NworFlashImpl)
+        if attention is not None:
+            impl.chosen, impl.attention = True, attention  # type: ignore[assignment]
+        return impl
+
+    @staticmethod
+    def step(requests: int, span: int, **more: Any) -> Any:
+        plain: dict[str, Any] = {"causal": True, "mm_req_doc_ranges": None}
+        return SimpleNamespace(
+            num_reqs=requests, num_actual_tokens=requests * span, max_query_len=span,
+            **{**plain, **more},
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("requests", "span", "attention", "none"),
+        [
+            (1, 5, "auto", True), (2, 5, "auto", True), (3, 5, "auto", False),
+            (2, 1, "auto", False), (1, 17, "auto", False), (64, 5, "fused", True),
+            (1, 5, "stock", False),
+        ],
+    )  # fmt: skip
+    def test_steps_of_a_graph_without_one_get_none(
+        self, requests: int, span: int, attention: str, none: bool, built: list[bool]
+    ) -> None:
+        builder = self.builder(self.layer(attention), self.layer(attention), self.layer(None))
+        builder.build(0, self.step(requests, span))  # no graph was captured yet
+        builder.build_for_cudagraph_capture(self.step(requests, span))
+        builder.build(0, self.step(requests, span))
+        assert built == [False, none, none]
+
+    def test_other_steps_get_theirs(self, built: list[bool]) -> None:
+        builder = self.builder(self.layer("auto"), self.layer(None))
+        builder.build_for_cudagraph_capture(self.step(2, 5))
+        # More of them, as many with a longer span, more tokens.
+        uneven = SimpleNamespace(num_reqs=2, num_actual_tokens=10, max_query_len=6)
+        for other in (self.step(3, 5), uneven, self.step(2, 6)):
+            builder.build(0, other)
+        builder.build(0, self.step(2, 5))
+        assert built == [True, False, False, False, True]
+
+    @pytest.mark.parametrize(
+        "change", [{"causal": False}, {"causal": object()}, {"mm_req_doc_ranges": {0: [(1, 2)]}}]
+    )
+    def test_other_masks_need_one(self, change: dict[str, Any], built: list[bool]) -> None:
+        builder = self.builder(self.layer("fused"))
+        builder.build_for_cudagraph_capture(self.step(1, 5, **change))
+        builder.rswa_window = 128
+        builder.build_for_cudagraph_capture(self.step(1, 5))
+        assert built == [False, False]
+
+    def test_layers_that_need_one(self, built: list[bool]) -> None:
+        drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
+        for layers in ([drafter], [fused, stock, drafter], [fused, object()][1:]):
+            self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
+        assert built == [False, False, False]
+
+    def test_the_first_build_settles_the_window_and_so_makes_one(self, built: list[bool]) -> None:
+        builder = self.builder(self.layer("auto"))
+        builder.aot_sliding_window = None
+        builder.build_for_cudagraph_capture(self.step(1, 5))
+        builder.build(0, self.step(1, 5))  # of a graph that has one
+        builder.build_for_cudagraph_capture(self.step(1, 5))
+        builder.build(0, self.step(1, 5))
+        assert built == [False, False, True, True]
+
+    def test_the_backend_has_this_builder(self) -> None:
+        from nwor_compile.vllm_adapter import cuda_backend
+
+        builder = cuda_backend.NworFlashBackend.get_builder_cls()
+        assert builder is cuda_backend.NworFlashMetadataBuilder
+
+
 def step_of(requests: int, span: int, causal: bool = True, **masks: Any) -> Any:
     return SimpleNamespace(
         seq_lens=SimpleNamespace(shape=(requests,)), max_query_len=span, causal=causal, **masks
