@@ -108,6 +108,9 @@ class HostWorker(steps_engine.StepsWorker):
             timers.wrap(core.scheduler, name)
         for name in RUNNER:
             timers.wrap(worker.model_runner, name)
+        # On V2; the target's alone, without the drafter's.
+        states = getattr(worker.model_runner, "model_state", None)
+        timers.wrap(states, "prepare_attn", "attention metadata")
         for drafter in ("speculator", "drafter"):
             timers.wrap(getattr(worker.model_runner, drafter, None), "propose")
         hooks = getattr(worker, "nwor", None)

@@ -50,6 +50,47 @@ def test_requests_grow_from_one_set_of_graphs_into_the_other(
     print(f"captured again: {sorted(captured)}; replays {replays}; rows {found['rows']}")
 
 
+@pytest.mark.timeout(300)
+def test_no_schedule_is_made_for_graphs_that_hold_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine_process import Engine
+    from matrix_cases import CASES
+    from matrix_engine import text_prompts
+    from vllm.v1.attention.backends import flash_attn
+
+    engine = Engine(CASES["tiny.eagle.auto"].options("auto", tmp_path), tmp_path)
+    (groups,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.attn_groups)
+    builder = groups[0][0].get_metadata_builder(0)
+    span = engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens + 1
+    assert builder._unscheduled == {(1, span, span), (2, 2 * span, span)}
+
+    made: list[tuple[int, int]] = []
+    schedule = flash_attn.get_scheduler_metadata
+
+    def counted(**given: Any) -> Any:
+        made.append((given["batch_size"], given["max_seqlen_q"]))
+        return schedule(**given)
+
+    monkeypatch.setattr(flash_attn, "get_scheduler_metadata", counted)
+    prompts = [ids[:40] for ids in text_prompts(4)]
+    accepted = {}
+    for requests in (1, 4):
+        made.clear()
+        given = {"prompts": prompts[:requests], "max_tokens": 100, "audit": True}
+        found = engine.generate(given)
+        assert found["nwor"]["nwor_windows"] > 10
+        assert not found["rows"].get("rejected_present")
+        assert not found["rows"].get("missing")
+        verified = [size for size, longest in made if longest == span]
+        assert bool(verified) == (requests > 2)
+        assert any(longest == 1 for _, longest in made)  # the drafter's steps after its first
+        accepted[requests] = sum(found["accepted_per_position"]) / found["drafts"]
+    # A drafter that attends by the schedule of another step drafts nonsense.
+    assert accepted[1] > 0.5 * accepted[4]
+    print(f"accepted, by requests: {accepted}")
+
+
 def _contexts(worker: Any) -> Any:
     """What the attention of the worker's layers goes by."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
