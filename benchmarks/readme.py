@@ -22,6 +22,7 @@ from nwor_compile.bench import kernels_attention as attention
 from nwor_compile.bench import kernels_rope as rope
 from nwor_compile.bench import kernels_writes as writes
 from nwor_compile.bench.engine_result import METRICS, EngineResult, Summary
+from nwor_compile.bench.steps_plot import draw
 from nwor_compile.bench.steps_record import Record
 from nwor_compile.bench.steps_screen import tables
 from nwor_compile.demo.result import DemoResult
@@ -275,24 +276,27 @@ def _median(spread: dict[str, Any] | None, digits: int = 1) -> str:
 
 def _gpu_tests() -> str:
     """How the GPU tests went, plainly and under the memory checker."""
-    parts = []
+    rows = []
     for prefix, how in (
         ("gpu-tests-kernels", ""), ("gpu-tests-windows", ""), ("gpu-stress", ""),
         ("gpu-tail-stress", ""),
         ("gpu-tests-captures", ""),
-        ("gpu-window-memcheck", " under compute-sanitizer memcheck"),
-        ("gpu-decide-memcheck", " under compute-sanitizer memcheck"),
-        ("gpu-window-racecheck", " under compute-sanitizer racecheck"),
-        ("gpu-rope-memcheck", " under compute-sanitizer memcheck"),
-        ("gpu-memcheck", " under compute-sanitizer memcheck, of kernels older than tail blocks"),
+        ("gpu-window-memcheck", "memcheck"),
+        ("gpu-decide-memcheck", "memcheck"),
+        ("gpu-window-racecheck", "racecheck"),
+        ("gpu-rope-memcheck", "memcheck"),
+        ("gpu-memcheck", "memcheck, of kernels older than tail blocks"),
     ):  # fmt: skip
         path = newest(prefix)
         record = json.loads(path.read_text())
         counts = ", ".join(f"{number} {outcome}" for outcome, number in record["counts"].items())
         note = f"; {record['note']}" if set(record["counts"]) - {"passed", "skipped"} else ""
-        where = f"{record['date']}, `{path.relative_to(ROOT)}`{note}"
-        parts.append(f"`{record['command']}`{how}: {counts} ({where})")
-    return "GPU tests on the same device: " + "; ".join(parts) + "."
+        date = record["date"].partition("T")[0]
+        rows.append(
+            [f"`{record['command']}`", how, counts + note, date, f"`{path.relative_to(ROOT)}`"]
+        )
+    head = ["command", "under compute-sanitizer", "outcome", "date", "record"]
+    return f"GPU tests on the same device:\n\n{_table(head, rows)}"
 
 
 ENGINE_SPEED = ("step_ms", "token_ms", "tokens_per_second")
@@ -384,6 +388,13 @@ def steps_block() -> str:
     return "\n\n".join(texts)
 
 
+def draw_steps(path: Path) -> None:
+    """The picture of the same points: of each its newest row that is not void."""
+    records = [Record.model_validate_json(each.read_text()) for each in every("vllm-gpu-steps")]
+    rows = {row.key: row for record in records for row in record.rows if row.status == "ok"}
+    draw(records[-1].model_copy(update={"rows": list(rows.values())}), path)
+
+
 # Where two have the same point, the later run's is shown, but no void in the place of a figure.
 VARIED_STEPS = (
     "vllm-gpu-acceptance-steps", "vllm-gpu-varied-steps", "vllm-gpu-ranks-steps",
@@ -446,7 +457,7 @@ def filled(readme: str) -> str:
 
 
 def main(check: Annotated[bool, typer.Option(help="compare, write nothing")] = False) -> None:
-    """Fill README.md, or fail with `--check` if it is out of date."""
+    """Fill README.md and draw its steps; with `--check` fail if it is out of date."""
     path = ROOT / "README.md"
     old = path.read_text()
     new = filled(old)
@@ -454,6 +465,7 @@ def main(check: Annotated[bool, typer.Option(help="compare, write nothing")] = F
         raise SystemExit("README.md is out of date: run python benchmarks/readme.py")
     if not check:
         path.write_text(new)
+        draw_steps(ROOT / "docs" / "pictures" / "vllm-steps.png")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def main(
         for name, microseconds in one.us_a_step.items():
             print(f"  {name:24s} {microseconds:9.1f} us, {one.calls_a_step[name]:.2f} calls a step")
     record = Record(
-        command=" ".join(["python", *sys.argv]),
+        command=f"python benchmarks/step_host.py --config {config} --point {point} "
+        f"--modes {modes} --steps {steps} --json FILE",
         machine=this_machine(), device=about["device"], vllm=about["vllm"], config=config,
         point=point, steps=steps, engines=found,
     )  # fmt: skip
