@@ -42,7 +42,8 @@ def newest(prefix: str) -> Path:
 
 
 def every(prefix: str) -> list[Path]:
-    """The records of a kind, oldest first; raises as `newest`."""
+    """The records of a kind, oldest first; raises as `newest`. Of a day, one whose name has more
+    after the date is older."""
     found = sorted(RECORDS.glob(f"{prefix}-*.json"))
     if not found:
         raise FileNotFoundError(

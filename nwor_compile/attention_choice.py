@@ -30,7 +30,7 @@ def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: boo
 
 
 def always_fused(requests: int, longest_span: int) -> bool:
-    """True where `prefers_fused` is, whatever the contexts and the heads."""
+    """True where `prefers_fused` is for all contexts and heads."""
     return 1 < longest_span <= FUSED_SPAN and requests <= ALWAYS_REQUESTS
 
 

@@ -354,9 +354,45 @@ def test_a_run_that_is_killed_between_points_keeps_those_that_all_engines_measur
     harness.override = override  # type: ignore[method-assign]
     with pytest.raises(SystemExit):
         harness.run()
-    kept = RowFile(tmp_path)
-    kept.open(harness.plan.workload(), resume=True)
-    assert [(row.batch, row.status) for row in kept.rows.values()] == [(1, "ok")]
+    assert written(tmp_path) == [(1, "ok")]
+
+
+@pytest.mark.parametrize("failing", ["stock", "off", "stage"])
+def test_engines_alone_that_fail_or_are_lost_cost_what_those_side_by_side_do(
+    failing: str, tmp_path: Path
+) -> None:
+    harness = Harness(
+        tmp_path, modes="stock,off,stage", points="1x512,4x512,16x512,64x512", profile="4x512",
+        one_at_a_time=True,
+    )  # fmt: skip
+
+    def override(engine: FakeEngine, operation: str, arguments: dict[str, Any]) -> None:
+        if operation != "window" or engine.mode.label != failing:
+            return
+        if arguments["batch"] == 1:
+            raise EngineError("RuntimeError: 3 preemptions", kind="RuntimeError", alive=True)
+        if arguments["batch"] == 16:
+            raise EngineError("the engine's process ended with -9")
+
+    harness.override = override  # type: ignore[method-assign]
+    rows = harness.run()
+    assert written(tmp_path) == [(1, "failed"), (4, "ok"), (16, "failed"), (64, "failed")]
+    assert rows["1x512"].reason == f"{failing}: RuntimeError: 3 preemptions"
+    assert rows["64x512"].reason == f"{failing}: the engine's process ended with -9"
+    assert rows["4x512"].attempts == 1
+    assert set(rows["4x512"].profiles) == {"stock", "off", "stage"}
+    # No engine measures a point that another one failed, and a lost one is asked nothing more.
+    order = ["stock", "off", "stage"]
+    asked = [line.split()[1] for line in harness.log if line.endswith("16x512")]
+    assert set(asked) == set(order[: order.index(failing) + 1])
+    assert f"fill {failing} 64x512" not in harness.log
+
+
+def written(folder: Path) -> list[tuple[int, str]]:
+    """Requests and status of each line of the rows' file."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    rows = [Row.model_validate_json(line) for line in lines]
+    return [(row.batch, row.status) for row in rows]
 
 
 def test_a_point_that_fits_one_mode_alone_is_a_memory_row(tmp_path: Path) -> None:

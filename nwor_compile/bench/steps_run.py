@@ -304,14 +304,14 @@ class Run:
         self._check_time()
         rows = {point: self._row(configuration, point) for point in points}
         reports: dict[str, EngineReport] = {}
-        for mode in self.plan.modes:
+        for index, mode in enumerate(self.plan.modes, 1):
             engines, found = self._start(configuration, [mode], None)
             reports |= found
             try:
                 if not engines:
                     self._fail(configuration, points, _errors(found))
                     return
-                last = mode == self.plan.modes[-1]
+                last = index == len(self.plan.modes)
                 self._alone(configuration, mode, engines[mode.label], rows, reports, last=last)
             finally:
                 _close(engines)
@@ -336,7 +336,8 @@ class Run:
                 self._unfit(configuration, point, self._shortage(configuration, point, reports))
 
     def _windows_alone(self, name: str, engine: Engine, point: Point, row: Row, lost: str) -> str:
-        """lost: why the engine answers no more, or an empty string; the same comes back."""
+        """Measure a point on one engine. lost: why the engine answers no more, or an empty string.
+        What comes back is that for the next point."""
         try:
             if lost:
                 raise EngineError(lost)

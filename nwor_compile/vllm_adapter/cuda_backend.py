@@ -10,8 +10,9 @@ NOTE [no schedule]: before each step vLLM's builder makes a schedule for FlashAt
 launches, and FULL graphs read it where it lay when they were captured. In graphs in which this
 package's kernel attends in all of the target's layers only a drafter would read it. They are
 captured without one, so that the drafter's layer makes its own as it runs, and for steps of their
-shape none is made any more: such steps are short, and many wait for the host. A step whose graph
-was captured with a schedule always gets one.
+shape none is made any more: such steps are short, and many wait for the host. Which graphs they are
+follows from requests, tokens and spans alone, so all graphs of a shape agree, the drafter's first
+pass with the target's; a step of another shape always gets a schedule.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class NworFlashImpl(FlashAttentionImpl):
         )
 
     def always_fused(self, requests: int, longest_span: int) -> bool:
-        """Whether this package's kernel attends in every step of this shape with a plain mask."""
+        """Whether this package's kernel attends in every step of this shape with a plain mask, as
+        far as the shape alone says."""
         if self.attention == "auto":
             return always_fused(requests, longest_span)
         return self.attention == "fused"
@@ -175,7 +177,8 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> FlashAttentionMetadata:
         """The metadata that a FULL graph records, and the steps that will replay it need."""
-        # The first schedule settles which window schedules are made for.
+        # vLLM's first schedule settles the window that schedules are made for. It is that of a
+        # warm-up: a graph is captured with the metadata that is built after it.
         if self.aot_sliding_window is not None and self._needs_none(common_attn_metadata):
             self._unscheduled.add(_shape(common_attn_metadata))
         return super().build_for_cudagraph_capture(common_attn_metadata)
@@ -191,7 +194,7 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         context = self.compilation_config.static_forward_context
         impls = [getattr(context[name], "impl", None) for name in self.layer_names]
         target = [impl for impl in impls if isinstance(impl, NworFlashImpl) and impl.chosen]
-        # Masks of the model, not of a step; see `_is_plain`.
+        # As `_is_plain` will find it when the graph is captured.
         plain = step.causal is True and self.rswa_window is None and not step.mm_req_doc_ranges
         return (
             plain

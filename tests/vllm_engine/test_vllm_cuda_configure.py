@@ -267,11 +267,16 @@ class TestSchedules:
         built: list[bool] = []
 
         def build(builder: Any, common_prefix_len: int, step: Any, fast_build: bool = False) -> Any:
+            assert common_prefix_len == getattr(step, "prefix", 0)
             built.append(fast_build)
             builder.aot_sliding_window = (-1, -1)
             return step
 
+        def init(builder: Any, **given: Any) -> None:
+            builder.__dict__.update(given)
+
         monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "build", build)
+        monkeypatch.setattr(flash_attn.FlashAttentionMetadataBuilder, "__init__", init)
         return built
 
     @staticmethod
@@ -279,14 +284,11 @@ class TestSchedules:
         """A builder for these layers' implementations that has built once."""
         from nwor_compile.vllm_adapter.cuda_backend import NworFlashMetadataBuilder
 
-        made = object.__new__(NworFlashMetadataBuilder)
         context = {str(i): SimpleNamespace(impl=impl) for i, impl in enumerate(layers)}
-        made.__dict__.update(
+        return NworFlashMetadataBuilder(
             layer_names=list(context), rswa_window=None, aot_sliding_window=(-1, -1),
             compilation_config=SimpleNamespace(static_forward_context=context),
-            _unscheduled=set(),
         )  # fmt: skip
-        return made
 
     @staticmethod
     def layer(attention: str | None) -> Any:
@@ -323,15 +325,35 @@ class TestSchedules:
         builder.build(0, self.step(requests, span))
         assert built == [False, none, none]
 
-    def test_other_steps_get_theirs(self, built: list[bool]) -> None:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"num_reqs": 3}, {"num_reqs": 1}, {"num_actual_tokens": 9}, {"max_query_len": 6},
+            {"max_query_len": 4},
+        ],
+    )  # fmt: skip
+    def test_other_steps_get_theirs(self, other: dict[str, int], built: list[bool]) -> None:
         builder = self.builder(self.layer("auto"), self.layer(None))
         builder.build_for_cudagraph_capture(self.step(2, 5))
-        # More of them, as many with a longer span, more tokens.
-        uneven = SimpleNamespace(num_reqs=2, num_actual_tokens=10, max_query_len=6)
-        for other in (self.step(3, 5), uneven, self.step(2, 6)):
-            builder.build(0, other)
-        builder.build(0, self.step(2, 5))
-        assert built == [True, False, False, False, True]
+        step = self.step(2, 5, prefix=7)
+        builder.build(7, SimpleNamespace(**{**vars(step), **other}))
+        builder.build(7, step)
+        assert built == [True, False, True]
+
+    def test_other_builders_make_theirs(self, built: list[bool]) -> None:
+        layers = self.layer("auto"), self.layer(None)
+        self.builder(*layers).build_for_cudagraph_capture(self.step(2, 5))
+        self.builder(*layers).build(0, self.step(2, 5))
+        assert built == [True, False]
+
+    def test_a_drafter_that_wants_none_gets_none(self, built: list[bool]) -> None:
+        self.builder(self.layer(None)).build(0, self.step(9, 5), fast_build=True)
+        assert built == [True]
+
+    def test_a_model_without_ranges_in_this_step_is_plain(self, built: list[bool]) -> None:
+        builder = self.builder(self.layer("auto"))
+        builder.build_for_cudagraph_capture(self.step(1, 5, mm_req_doc_ranges={}))
+        assert built == [True]
 
     @pytest.mark.parametrize(
         "change", [{"causal": False}, {"causal": object()}, {"mm_req_doc_ranges": {0: [(1, 2)]}}]
@@ -345,7 +367,7 @@ class TestSchedules:
 
     def test_layers_that_need_one(self, built: list[bool]) -> None:
         drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
-        for layers in ([drafter], [fused, stock, drafter], [fused, object()][1:]):
+        for layers in ([drafter], [fused, stock, drafter], [object()]):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
         assert built == [False, False, False]
 
@@ -353,7 +375,7 @@ class TestSchedules:
         builder = self.builder(self.layer("auto"))
         builder.aot_sliding_window = None
         builder.build_for_cudagraph_capture(self.step(1, 5))
-        builder.build(0, self.step(1, 5))  # of a graph that has one
+        builder.build(0, self.step(1, 5))  # no graph is without one yet
         builder.build_for_cudagraph_capture(self.step(1, 5))
         builder.build(0, self.step(1, 5))
         assert built == [False, False, True, True]
