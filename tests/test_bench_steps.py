@@ -403,6 +403,7 @@ def test_a_point_that_fits_one_mode_alone_is_a_memory_row(tmp_path: Path) -> Non
     row = harness.run()["16x512"]
     assert row.status == "memory"
     assert "stage has 10" in (row.reason or "")
+    assert set(harness.windows("16x512")) == {"stock"}
 
 
 def test_without_alone_large_points_are_memory_rows(tmp_path: Path) -> None:
