@@ -22,11 +22,9 @@ def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: boo
     tokens: of all contexts together, or an upper bound. grouped: several query heads share a KV
     head.
     """
-    if not 1 < longest_span <= FUSED_SPAN:
-        return False
     if depends_on_tokens(requests, longest_span):
         return grouped and tokens <= FUSED_TOKENS
-    return requests <= ALWAYS_REQUESTS
+    return always_fused(requests, longest_span)
 
 
 def always_fused(requests: int, longest_span: int) -> bool:
