@@ -24,11 +24,6 @@ def prefers_fused(requests: int, longest_span: int, tokens: int, *, grouped: boo
     """
     if depends_on_tokens(requests, longest_span):
         return grouped and tokens <= FUSED_TOKENS
-    return always_fused(requests, longest_span)
-
-
-def always_fused(requests: int, longest_span: int) -> bool:
-    """True where `prefers_fused` is for all contexts and heads."""
     return 1 < longest_span <= FUSED_SPAN and requests <= ALWAYS_REQUESTS
 
 

@@ -402,7 +402,10 @@ class Window:
         return sorted({*powers, self.max_requests})
 
     def warm_up(
-        self, sizes: Iterable[int] | None = None, steps: Sequence[Mapping[str, Any]] = ()
+        self,
+        sizes: Iterable[int] | None = None,
+        steps: Sequence[Mapping[str, Any]] = (),
+        others: Callable[[], None] | None = None,
     ) -> None:
         """Compile kernels, and capture the SCV graphs for these numbers of requests (by default for
         `sizes`).
@@ -410,6 +413,9 @@ class Window:
         steps: arguments of `begin`, of steps without drafts: what opens windows of their kinds is
             compiled too and, with tail blocks, what `pass_through` launches. Tensors are read as by
             `record_begin`.
+        others: calls more kernels, of the layers that write to this window, say; they are compiled
+            at the same time as its own, and not launched. Where no kernel is compiled it is not
+            called.
 
         Synchronises; call it before the first window. Stages nothing; counters are unchanged.
 
@@ -429,7 +435,12 @@ class Window:
         if device.type == "cuda" and uses_triton(device):
             from nwor_compile.ops.kernels.launch import compile_together
 
-            compile_together(lambda: self._call_kernels(sizes, openings))
+            def calls() -> None:
+                self._call_kernels(sizes, openings)
+                if others is not None:
+                    others()
+
+            compile_together(calls)
         if self.config.scv != "off":
             self.validator.warm_up(sizes)
         kept = self.tensors.counters.clone()

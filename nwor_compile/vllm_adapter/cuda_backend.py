@@ -7,18 +7,21 @@ and CUDA-graph support are FlashAttention's: K and V lie packed in the last dime
 `[blocks, kv_heads, block, 2 * D]`, in any order of strides.
 
 NOTE [no schedule]: before each step vLLM's builder makes a schedule for FlashAttention 3, by three
-launches, and FULL graphs read it where it lay when they were captured. In graphs in which this
-package's kernel attends in all of the target's layers only a drafter would read it. They are
-captured without one, so that the drafter's layer makes its own as it runs, and for steps of their
-shape none is made any more: such steps are short, and many wait for the host. Which graphs they are
-follows from requests, tokens and spans alone, so all graphs of a shape agree, the drafter's first
-pass with the target's; a step of another shape always gets a schedule.
+launches, and FULL graphs read it where it lay when they were captured. Where this package's kernel
+attends in all of the target's layers only a drafter would read it, in its first pass. So none is
+made for such a step: many of them wait for the host. Graphs of the target with this kernel, and all
+graphs of a drafter for steps that may have it, are captured without a schedule, and a drafter's
+layer makes its own as it runs. Where contexts decide, the graph with FlashAttention's kernel is
+captured with a schedule, and its steps get one. A step of another shape always does.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import (
@@ -30,7 +33,12 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
-from nwor_compile.attention_choice import always_fused, ever_depends_on_tokens, prefers_fused
+from nwor_compile.attention_choice import (
+    FUSED_REQUESTS,
+    depends_on_tokens,
+    ever_depends_on_tokens,
+    prefers_fused,
+)
 from nwor_compile.ops import paged_attention
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.packed_cache import split_cache
@@ -86,15 +94,53 @@ class NworFlashImpl(FlashAttentionImpl):
     def goes_by_contexts(self) -> bool:
         """Whether contexts can decide which kernel runs."""
         return self.attention == "auto" and ever_depends_on_tokens(
-            self._longest, grouped=self.num_heads > self.num_kv_heads
+            self._longest, grouped=self._grouped
         )
 
-    def always_fused(self, requests: int, longest_span: int) -> bool:
-        """Whether this package's kernel attends in every step of this shape with a plain mask, as
-        far as the shape alone says."""
-        if self.attention == "auto":
-            return always_fused(requests, longest_span)
-        return self.attention == "fused"
+    def prefers_fused(self, requests: int, longest_span: int) -> bool:
+        """Whether this package's kernel attends in the step under way, if its mask is plain."""
+        if self.attention != "auto":
+            return self.attention == "fused"
+        tokens = None if self._contexts is None else self._contexts.tokens
+        return prefers_fused(
+            requests,
+            longest_span,
+            requests * self._longest if tokens is None else tokens,
+            grouped=self._grouped,
+        )
+
+    def call_kernels(
+        self, kv_cache: Tensor, block_table: Tensor, most_requests: int, most_drafts: int
+    ) -> None:
+        """Call this package's kernel once for each way in which steps of decodes will, for
+        `compile_together`.
+
+        block_table: int32 `[most_requests, columns]`, to be read by such steps.
+        """
+        few = range(1, 1 + min(most_requests, FUSED_REQUESTS))
+        powers = (1 << i for i in range(most_requests.bit_length()))
+        sizes = sorted({*few, *powers, most_requests})
+        for requests, span in itertools.product(sizes, range(2, 2 + most_drafts)):
+            auto = prefers_fused(requests, span, 0, grouped=self._grouped)
+            if self.attention == "stock" or (self.attention == "auto" and not auto):
+                continue
+            query = kv_cache.new_empty(requests * span, self.num_heads, self.head_size)
+            lengths = block_table.new_zeros(requests)
+            paged_attention(
+                query, *split_cache(kv_cache), block_table[:requests], lengths,
+                block_table.new_zeros(requests + 1), self.scale, out=torch.empty_like(query),
+            )  # fmt: skip
+
+    def is_drafters(self, requests: int, longest_span: int) -> bool:
+        """Whether a graph that is captured now is a drafter's, for steps in which this layer's
+        kernel goes by contexts: the target's are captured with contexts given."""
+        contexts = self._contexts
+        unknown = self.goes_by_contexts and contexts is not None and contexts.tokens is None
+        return unknown and depends_on_tokens(requests, longest_span)
+
+    @property
+    def _grouped(self) -> bool:
+        return self.num_heads > self.num_kv_heads
 
     def _fused_refusal(self) -> str:
         for present, what in (
@@ -111,23 +157,12 @@ class NworFlashImpl(FlashAttentionImpl):
         return ""
 
     def _fused(self, metadata: Any) -> bool:
-        if self.attention == "stock":
-            return False
-        if self.attention == "fused":
-            if not _is_plain(metadata):
-                raise NotImplementedError(
-                    'attention "fused" knows causal masks alone, and this model asks for another; '
-                    'use "auto" or "stock"'
-                )
-            return True
-        requests = metadata.seq_lens.shape[0]
-        tokens = None if self._contexts is None else self._contexts.tokens
-        preferred = prefers_fused(
-            requests,
-            metadata.max_query_len,
-            requests * self._longest if tokens is None else tokens,
-            grouped=self.num_heads > self.num_kv_heads,
-        )
+        preferred = self.prefers_fused(metadata.seq_lens.shape[0], metadata.max_query_len)
+        if preferred and self.attention == "fused" and not _is_plain(metadata):
+            raise NotImplementedError(
+                'attention "fused" knows causal masks alone, and this model asks for another; '
+                'use "auto" or "stock"'
+            )
         return preferred and _is_plain(metadata)
 
     def forward(
@@ -177,30 +212,46 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> FlashAttentionMetadata:
         """The metadata that a FULL graph records, and the steps that will replay it need."""
+        step = common_attn_metadata
         # vLLM's first schedule settles the window that schedules are made for. It is that of a
         # warm-up: a graph is captured with the metadata that is built after it.
-        if self.aot_sliding_window is not None and self._needs_none(common_attn_metadata):
-            self._unscheduled.add(_shape(common_attn_metadata))
-        return super().build_for_cudagraph_capture(common_attn_metadata)
+        if self.aot_sliding_window is None or not self._may_go_without(step):
+            return super().build_for_cudagraph_capture(step)
+        self._unscheduled.add(_shape(step))
+        return self.build(0, step, fast_build=True)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> FlashAttentionMetadata:
         """A step's metadata. fast_build: vLLM's name for metadata without a schedule."""
-        without = fast_build or _shape(common_attn_metadata) in self._unscheduled
-        return super().build(common_prefix_len, common_attn_metadata, without)
+        step = common_attn_metadata
+        without = fast_build or (_shape(step) in self._unscheduled and self._all_fused(step))
+        return super().build(common_prefix_len, step, without)
 
-    def _needs_none(self, step: Any) -> bool:
-        context = self.compilation_config.static_forward_context
-        impls = [getattr(context[name], "impl", None) for name in self.layer_names]
-        target = [impl for impl in impls if isinstance(impl, NworFlashImpl) and impl.chosen]
+    def _may_go_without(self, step: Any) -> bool:
         # As `_is_plain` will find it when the graph is captured.
         plain = step.causal is True and self.rswa_window is None and not step.mm_req_doc_ranges
-        return (
-            plain
-            and bool(target)
-            and all(impl.always_fused(step.num_reqs, step.max_query_len) for impl in target)
-        )
+        if not plain or not self._target:
+            return False
+        shape = step.num_reqs, step.max_query_len
+        return all(each.prefers_fused(*shape) or each.is_drafters(*shape) for each in self._target)
+
+    def _all_fused(self, step: Any) -> bool:
+        return all(each.prefers_fused(step.num_reqs, step.max_query_len) for each in self._target)
+
+    @functools.cached_property
+    def _target(self) -> list[NworFlashImpl]:
+        """The target's layers among those of this builder, one of each kind; empty where one is not
+        this package's."""
+        context = self.compilation_config.static_forward_context
+        kinds = {}
+        for name in self.layer_names:
+            impl = getattr(context[name], "impl", None)
+            if not isinstance(impl, NworFlashImpl):
+                return []
+            if impl.chosen:
+                kinds[impl.attention, impl._grouped, impl._longest, id(impl._contexts)] = impl
+        return list(kinds.values())
 
 
 def _shape(step: Any) -> tuple[int, int, int]:

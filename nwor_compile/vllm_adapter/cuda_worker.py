@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
-from nwor_compile.vllm_adapter import graph_split
+from nwor_compile.vllm_adapter import graph_split, layer_calls, ops
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
 from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
@@ -58,6 +58,17 @@ class NworGPUWorker(StagingWorker, Worker):
             chosen.append(impl)
         if contexts is not None and any(impl.goes_by_contexts for impl in chosen):
             contexts.hook(self.model_runner)
+
+    def _call_kernels(self) -> None:
+        hooks = self.nwor
+        if hooks is None:
+            return
+        layers, staging = self.vllm_config.compilation_config.static_forward_context, ops.staging()
+        layer_calls.call_writes(layers, staging)
+        for name, to in staging.items():
+            impl = layers[name].impl
+            if isinstance(impl, NworFlashImpl) and to.block_table is not None:
+                impl.call_kernels(layers[name].kv_cache, to.block_table, *hooks.sizes)
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

@@ -77,10 +77,10 @@ class DeviceRunnerHooks(RunnerHooks):
             window.pass_through({name: result[0][int(name)] for name in window.groups})
         return result
 
-    def warm_up(self) -> None:
+    def warm_up(self, others: Callable[[], None] | None = None) -> None:
         """As on V1; and record how windows open over the buffers in which vLLM keeps each step's
         tensors, because its graphs record where they lie."""
-        super().warm_up()
+        super().warm_up(others)
         window = self.window
         if window is None:
             return

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_re
 from nwor_compile.errors import ConfigError
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.staging import LayerStaging
-from nwor_compile.vllm_adapter import staged_write
+from nwor_compile.vllm_adapter import layer_calls, staged_write
 from nwor_compile.vllm_adapter.redirected import Redirected
 
 _library = torch.library.Library("nwor", "FRAGMENT")
@@ -45,6 +45,13 @@ def set_layers(layers: dict[str, LayerStaging], idle: Callable[[], bool] | None 
     _layers.update(layers)
     _redirected.forget()
     staged_write.forget()
+    if not layers:
+        layer_calls.forget()
+
+
+def staging() -> dict[str, LayerStaging]:
+    """The layers that stage."""
+    return dict(_layers)
 
 
 def executions() -> dict[str, int]:
@@ -89,7 +96,9 @@ def write_called(layer_name: LayerNameType) -> LayerCall:
 
 def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
     name, layer, kv_cache, slots, staging, _ = write_called(layer_name)
-    if slots is not None:
+    if slots is None:
+        layer_calls.note(name, key, value)
+    else:
         if staging is None:
             layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:

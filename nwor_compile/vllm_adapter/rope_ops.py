@@ -4,18 +4,15 @@ The pass puts it in the place of a rotation and a write (`passes/rope_layers.py`
 of `ops.py`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from nwor_compile.ops.ranges import span
 from nwor_compile.ops.rope import rotary_embedding
+from nwor_compile.vllm_adapter import layer_calls
 from nwor_compile.vllm_adapter.ops import write_called
-from nwor_compile.vllm_adapter.packed_cache import is_packed
-from nwor_compile.vllm_adapter.refusals import layer_refusal
-from nwor_compile.vllm_adapter.staged_write import rope_write
+from nwor_compile.vllm_adapter.staged_write import rope_write, writable
 
 _library = torch.library.Library("nwor", "FRAGMENT")
 
@@ -35,21 +32,17 @@ def _rope_stage(
     attention after this, as that of vLLM's own write.
     """
     name, layer, kv_cache, slots, staging, certain = write_called(layer_name)
-    if slots is not None and (staging is not None or certain or _writable(layer, kv_cache)):
+    if slots is not None and (staging is not None or certain or writable(layer, kv_cache)):
         with span("nwor.rope_stage"):
             write = rope_write(name, layer, kv_cache, staging, cos_sin_cache, is_neox)
             write(query, key, value, positions, slots)
         return key.new_empty(0)
     rotary_embedding(positions, query, key, query.shape[2], cos_sin_cache, is_neox)
-    if slots is not None:
+    if slots is None:
+        layer_calls.note(name, query, key, value, positions, table=cos_sin_cache, is_neox=is_neox)
+    else:
         layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
     return key.new_empty(0)
-
-
-def _writable(layer: Any, kv_cache: Tensor) -> bool:
-    """True if a layer that no window knows has a cache that our kernel can write: the same that
-    could be staged."""
-    return is_packed(kv_cache) and not layer_refusal("", layer)
 
 
 def _rope_stage_fake(

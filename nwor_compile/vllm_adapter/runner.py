@@ -77,14 +77,17 @@ class RunnerHooks:
             return {}
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
-    def warm_up(self) -> None:
+    def warm_up(self, others: Callable[[], None] | None = None) -> None:
         """Before the engine's warm-up, which may sample: capture the graphs of the commit, and
-        compile what opens a window, which the first request with drafts would wait for."""
+        compile what opens a window, which the first request with drafts would wait for.
+
+        others: see `Window.warm_up`.
+        """
         window = self.window
         if window is None:
             return
         start = time.perf_counter()
-        window.warm_up(steps=self._steps(window))
+        window.warm_up(steps=self._steps(window), others=others)
         log.info("NWOR warm-up: %.1f s", time.perf_counter() - start)
 
     def _steps(self, window: Window) -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ from nwor_compile.ops.cache_write import STAGE_WRITE
 from nwor_compile.ops.library import pick
 from nwor_compile.ops.rope import ROPE_WRITE, split_table
 from nwor_compile.ops.staging import LayerStaging
-from nwor_compile.vllm_adapter.packed_cache import split_cache
+from nwor_compile.vllm_adapter.packed_cache import is_packed, split_cache
+from nwor_compile.vllm_adapter.refusals import layer_refusal
 from nwor_compile.vllm_adapter.stored_rows import PLAIN
 
 
@@ -40,6 +41,12 @@ _kept: dict[tuple[str, str], _Kept] = {}
 def forget() -> None:
     """Drop all that was prepared: it holds caches, and was made for the implementation of then."""
     _kept.clear()
+
+
+def writable(layer: Any, kv_cache: Tensor) -> bool:
+    """True if a layer that no window knows has a cache that our kernel can write: the same that
+    could be staged."""
+    return is_packed(kv_cache) and not layer_refusal("", layer)
 
 
 def stored(layer: Any) -> tuple[str, Tensor | None, Tensor | None]:

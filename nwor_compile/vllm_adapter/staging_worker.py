@@ -42,7 +42,7 @@ class StagingWorker(_Worker):
             return super().compile_or_warm_up_model()
         self._writer = self._open_metrics(hooks)
         try:
-            hooks.warm_up()
+            hooks.warm_up(self._call_kernels)
             result = super().compile_or_warm_up_model()
             hooks.warmed_up()
         except BaseException:
@@ -50,6 +50,9 @@ class StagingWorker(_Worker):
             raise
         self._show_metrics(hooks)
         return result
+
+    def _call_kernels(self) -> None:
+        """Call the kernels of the layers, to be compiled with the window's."""
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """A window is committed in here."""

@@ -42,6 +42,7 @@ from nwor_compile.ops.kernels.launch import (
     cache_strides,
     decodes_fp8,
     element_offset,
+    launch,
     on_device,
     overlaps,
     scale_stride,
@@ -337,7 +338,8 @@ def verify_attention(
         "EXACT_BF16": exact_bf16, "OVERLAP": overlap,
     }  # fmt: skip
     with on_device(query):
-        _attention_kernel[(programs * kv_heads,)](
+        launch(
+            _attention_kernel, (programs * kv_heads,),
             query, key_cache, value_cache, staged_key, staged_value, block_table, seq_lens,
             query_start_loc, num_drafts, tail_start, k_scale, v_scale, out, part, part_max,
             part_sum, notes,
@@ -360,8 +362,8 @@ def verify_attention(
             enable_fp_fusion=False, launch_pdl=overlap,
         )  # fmt: skip
         if split:
-            merge_kernel[(tokens * heads,)](
-                out, part, part_max, part_sum, notes, **shape,
+            launch(
+                merge_kernel, (tokens * heads,), out, part, part_max, part_sum, notes, **shape,
                 AT_ONCE=at_once, launch_pdl=overlap,
                 num_warps=p.merge_warps * max(1, at_once * padded // 4096),
             )  # fmt: skip

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.vllm
 
@@ -256,6 +257,74 @@ def test_masks_that_the_fused_kernel_does_not_know_go_to_the_engines_own() -> No
             impl._fused(other)
 
 
+@pytest.mark.parametrize(
+    ("attention", "requests", "drafts", "kv_heads", "wanted"),
+    [
+        ("auto", 6, 2, 4, [(r, r * span) for r in (1, 2, 3, 4) for span in (2, 3)]),
+        ("auto", 6, 2, 8, [(r, r * span) for r in (1, 2) for span in (2, 3)]),
+        ("auto", 1, 48, 4, [(1, span) for span in range(2, 17)]),
+        ("fused", 9, 1, 4, [(r, 2 * r) for r in (1, 2, 3, 4, 8, 9)]),
+        ("stock", 6, 2, 4, []),
+    ],
+)
+def test_kernels_are_called_for_each_form_of_step_that_they_attend_in(
+    attention: str,
+    requests: int,
+    drafts: int,
+    kv_heads: int,
+    wanted: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nwor_compile.vllm_adapter import cuda_backend
+
+    found = []
+
+    def called(
+        query: Any, key: Any, value: Any, table: Any, lengths: Any, starts: Any, scale: float,
+        *, out: Any,
+    ) -> None:  # fmt: skip
+        count = lengths.shape[0]
+        assert query.shape == out.shape == (query.shape[0], 8, 16)
+        assert query.dtype == out.dtype == torch.bfloat16
+        assert key.shape == value.shape == (3, 4, kv_heads, 16)
+        assert (table.shape, table.stride()) == ((count, 5), (5, 1))
+        assert starts.shape == (count + 1,)
+        assert {tensor.dtype for tensor in (table, lengths, starts)} == {torch.int32}
+        assert scale == 0.25
+        found.append((count, query.shape[0]))
+
+    monkeypatch.setattr(cuda_backend, "paged_attention", called)
+    impl = object.__new__(cuda_backend.NworFlashImpl)
+    impl.attention, impl.scale = attention, 0.25  # type: ignore[assignment]
+    impl.num_heads, impl.num_kv_heads, impl.head_size = 8, kv_heads, 16
+    cache = torch.zeros(3, kv_heads, 4, 32, dtype=torch.bfloat16)
+    impl.call_kernels(cache, torch.zeros(requests, 5, dtype=torch.int32), requests, drafts)
+    assert found == wanted
+
+
+def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nwor_compile.vllm_adapter import layer_calls, ops
+    from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
+    from nwor_compile.vllm_adapter.cuda_worker import NworGPUWorker
+
+    calls: list[tuple[Any, ...]] = []
+    impl = object.__new__(NworFlashImpl)
+    impl.call_kernels = lambda *given: calls.append(given)  # type: ignore[method-assign]
+    layers = {
+        "ours": SimpleNamespace(impl=impl, kv_cache="cache"),
+        "triton": SimpleNamespace(impl=object(), kv_cache="other cache"),
+    }
+    staging = {name: SimpleNamespace(block_table=f"table of {name}") for name in layers}
+    monkeypatch.setattr(ops, "_layers", staging)
+    monkeypatch.setattr(layer_calls, "call_writes", lambda *given: calls.append(given))
+    worker = object.__new__(NworGPUWorker)
+    compilation = SimpleNamespace(static_forward_context=layers)
+    worker.vllm_config = SimpleNamespace(compilation_config=compilation)
+    worker.nwor = SimpleNamespace(sizes=(6, 4))  # type: ignore[assignment]
+    worker._call_kernels()
+    assert calls == [(layers, staging), ("cache", "table of ours", 6, 4)]
+
+
 class TestSchedules:
     """NOTE [no schedule] of `cuda_backend`: which steps get none of FlashAttention's."""
 
@@ -291,13 +360,14 @@ class TestSchedules:
         )  # fmt: skip
 
     @staticmethod
-    def layer(attention: str | None) -> Any:
-        """A target's layer; None: a drafter's."""
+    def layer(attention: str | None, contexts: Any = None, kv_heads: int = 4) -> Any:
+        """A target's layer of 8 heads; None: a drafter's."""
         from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
 
         impl = object.__new__(NworFlashImpl)
+        impl.num_heads, impl.num_kv_heads, impl._longest = 8, kv_heads, 1 << 20
         if attention is not None:
-            impl.chosen, impl.attention = True, attention  # type: ignore[assignment]
+            impl.chosen, impl.attention, impl._contexts = True, attention, contexts  # type: ignore[assignment]
         return impl
 
     @staticmethod
@@ -370,6 +440,44 @@ class TestSchedules:
         for layers in ([drafter], [fused, stock, drafter], [object()]):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
         assert built == [False, False, False]
+
+    @pytest.mark.parametrize("drafter_first", [False, True])
+    def test_where_contexts_decide_long_ones_have_one(
+        self, drafter_first: bool, built: list[bool]
+    ) -> None:
+        from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
+
+        contexts = ContextGraphs()
+        builder = self.builder(self.layer("auto", contexts), self.layer(None))
+        short, long = 0, 1 << 40  # as `ContextGraphs` captures them; a drafter's knows of none
+        captures = [short, long, None]
+        for contexts.tokens in reversed(captures) if drafter_first else captures:
+            built.clear()
+            builder.build_for_cudagraph_capture(self.step(4, 5))
+            assert built == [contexts.tokens != long]
+        for tokens, none in ((32768, True), (32769, False), (None, False), (1, True)):
+            contexts.tokens = tokens
+            built.clear()
+            builder.build(0, self.step(4, 5))
+            assert built == [none]
+        contexts.tokens = None
+        builder.build_for_cudagraph_capture(self.step(5, 5))
+        assert not built[-1]  # no kernel but FlashAttention's, whatever the contexts
+
+    def test_without_known_contexts_or_shared_kv_heads_they_decide_nothing(
+        self, built: list[bool]
+    ) -> None:
+        from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
+
+        contexts = ContextGraphs()
+        alike = self.layer("auto", contexts, kv_heads=8)
+        mixed = (self.layer("auto", contexts), alike)
+        for layers in ((self.layer("auto"),), (alike,), mixed):
+            for contexts.tokens in (0, None):
+                builder = self.builder(*layers, self.layer(None))
+                builder.build_for_cudagraph_capture(self.step(4, 5))
+                builder.build(0, self.step(4, 5))
+        assert built == [False] * 12
 
     def test_the_first_build_settles_the_window_and_so_makes_one(self, built: list[bool]) -> None:
         builder = self.builder(self.layer("auto"))

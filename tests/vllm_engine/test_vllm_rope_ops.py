@@ -157,6 +157,83 @@ def test_a_layers_write_is_prepared_once_and_anew_with_another_cache_staging_or_
     assert [prepared(), prepared()] == [1, 0]  # directly
 
 
+@pytest.fixture
+def profiled(layer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """A step, and the layer has run in it without slots, as vLLM profiles it."""
+    from vllm.forward_context import get_forward_context
+
+    given = step()
+    with monkeypatch.context() as patch:
+        patch.setattr(get_forward_context(), "slot_mapping", {})
+        rope_stage({**given, "query": given["query"].clone(), "key": given["key"]})
+    return given
+
+
+def called(layers: dict[str, Any], staging: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What `call_writes` prepares and calls: name, staging and the tensors' forms of each."""
+    from nwor_compile.vllm_adapter import layer_calls
+
+    calls: list[tuple[Any, ...]] = []
+
+    def prepared(name: str, layer: Any, cache: Tensor, to: Any, *rest: Any) -> Any:
+        assert cache is layer.kv_cache
+        return lambda *tensors: calls.append((name, to, rest, [form(t) for t in tensors]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_calls, "rope_write", prepared)
+        patch.setattr(layer_calls, "stage_write", prepared)
+        layer_calls.call_writes(layers, staging)
+    return calls
+
+
+def form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def test_the_writes_to_come_are_called_as_the_profiling_run_was(
+    layer: Any, profiled: dict[str, Tensor]
+) -> None:
+    from nwor_compile.vllm_adapter import layer_calls, ops
+
+    forms = [form(profiled[name]) for name in ("query", "key", "value", "positions")]
+    forms = [((1, *shape[1:]), stride, dtype) for shape, stride, dtype in forms]
+    forms[0] = ((1, HEADS, SIZE), (HEADS * SIZE, SIZE, 1), torch.bfloat16)  # a clone there
+    forms.append(((1,), (1,), torch.int64))
+    rotation, to = (profiled["cos_sin_cache"], True), staging()
+    direct, staged = (NAME, None, rotation, forms), (NAME, to, rotation, forms)
+    layers = {NAME: layer, "other": layer}
+    assert called(layers, {NAME: to}) == [direct, staged]
+    assert called(layers, {}) == [direct]
+    assert called({"other": layer}, {}) == []  # what an engine before this one ran
+    layer.impl.attn_type = "encoder_only"  # written by vLLM
+    assert called(layers, {}) == []
+    layer.impl.attn_type = "decoder"
+    ops.set_layers({NAME: to})
+    layer_calls.call_writes(layers, {NAME: to})
+    assert not layer.kv_cache.any()  # no slot, no row
+    assert not to.key.any()
+    ops.set_layers({})
+    assert called(layers, {NAME: to}) == []
+
+
+def test_a_write_without_a_rotation_is_called_where_it_stages(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.forward_context import get_forward_context
+
+    from nwor_compile.vllm_adapter import ops  # noqa: F401
+
+    given, to = step(), staging()
+    with monkeypatch.context() as patch:
+        patch.setattr(get_forward_context(), "slot_mapping", {})
+        torch.ops.nwor.vllm_stage(given["key"], given["value"], NAME)
+    assert layer.impl.direct == []
+    row = ((1, KV_HEADS, SIZE), given["key"].stride(), torch.bfloat16)
+    slot = ((1,), (1,), torch.int64)
+    assert called({NAME: layer}, {NAME: to}) == [(NAME, to, (), [row, row, slot])]
+    assert called({NAME: layer}, {}) == []
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_layers_that_no_window_knows_are_written_whole(layer: Any, known: bool) -> None:
     """By the same launch where the cache's form is known, else by vLLM's own write."""

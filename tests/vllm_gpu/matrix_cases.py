@@ -147,6 +147,7 @@ CASES: dict[str, Case] = _named(
     tiny__eagle=_case(kinds=("stock", "stage", "nan")),
     tiny__eagle__large=_case(kinds=("stock", "large"), backend="TRITON_ATTN"),
     tiny__eagle__auto=_case(kinds=("stock", "auto", "auto off")),
+    tiny__eagle__auto__v1=_case(kinds=("stock", "auto", "auto off"), runner="v1", environment=V1),
     tiny__eagle__separate=_case(kinds=("stock", "separate")),
     tiny__eagle__k1=_case(k=1),
     tiny__eagle__k8=_case(k=8),

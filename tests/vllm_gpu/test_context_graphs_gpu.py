@@ -1,5 +1,5 @@
 """Graphs for short contexts and for long ones, and those without a schedule of FlashAttention's,
-replayed by one engine. Needs a GPU and vLLM."""
+replayed by one engine; and what is compiled before they are captured. Needs a GPU and vLLM."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ def test_requests_grow_from_one_set_of_graphs_into_the_other(
     for name, graphs in (("short", manager.graphs), ("long", contexts._long.graphs)):
         for desc in contexts._long.graphs:
             graphs[desc] = Counted(graphs[desc], replays, name)
+    made = _count_schedules(monkeypatch)
     prompts = [ids[:40] for ids in text_prompts(4)]
     found = engine.generate({"prompts": prompts, "max_tokens": 200, "audit": True})
     assert replays["short"] > 3
     assert replays["long"] > 3
+    # Some for uneven steps, which no graph is for.
+    assert replays["long"] <= made.count((4, _span(engine))) < replays["long"] + replays["short"]
     assert found["nwor"]["nwor_windows"] > 10
     assert found["rows"]["accepted"] > 100
     assert not found["rows"].get("rejected_present")
@@ -58,13 +61,101 @@ def test_no_schedule_is_made_for_graphs_that_hold_none(
     from engine_process import Engine
     from matrix_cases import CASES
     from matrix_engine import text_prompts
-    from vllm.v1.attention.backends import flash_attn
 
+    captured = _captured(monkeypatch)
     engine = Engine(CASES["tiny.eagle.auto"].options("auto", tmp_path), tmp_path)
-    (groups,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.attn_groups)
-    builder = groups[0][0].get_metadata_builder(0)
-    span = engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens + 1
-    assert builder._unscheduled == {(1, span, span), (2, 2 * span, span)}
+    span = _span(engine)
+    # This model's contexts are too short to decide.
+    for requests in (1, 2, 4):
+        assert captured[requests, requests * span, span] == {False}
+    assert captured[6, 6 * span, span] == {True}
+
+    made = _count_schedules(monkeypatch)
+    prompts = [ids[:40] for ids in text_prompts(6)]
+    for requests in (1, 2, 4, 6):
+        made.clear()
+        given = {"prompts": prompts[:requests], "max_tokens": 100, "audit": True}
+        found = engine.generate(given)
+        windows = found["nwor"]["nwor_windows"]
+        assert windows > 10
+        assert not found["rows"].get("rejected_present")
+        assert not found["rows"].get("missing")
+        # Uneven steps, which no graph is for, have one too: the last ones of a request.
+        scheduled = sum(longest == span for _, longest in made)
+        assert scheduled > windows / 2 if requests > 4 else scheduled < windows / 4
+        assert any(longest == 1 for _, longest in made)  # the drafter's steps after its first
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rotation", ["fused", "separate"])
+def test_the_layers_kernels_are_compiled_in_warm_up(
+    rotation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine_process import Engine
+    from matrix_cases import CASES
+    from matrix_engine import text_prompts
+
+    from nwor_compile.ops.kernels import attention, cache_write, merge, rope
+    from nwor_compile.vllm_adapter.runner import RunnerHooks
+
+    write = (rope._rope_kernel, 3) if rotation == "fused" else (cache_write._write_kernel, 1)
+    kernels = attention._attention_kernel, merge.merge_kernel, write[0]
+    for kernel in kernels:
+        kernel.device_caches.clear()  # of another test's engine
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[0][0]) for kernel in kernels]
+
+    after: list[list[int]] = []
+    warm_up = RunnerHooks.warm_up
+
+    def noted(hooks: RunnerHooks, *given: Any) -> None:
+        warm_up(hooks, *given)
+        after.append(compiled())
+
+    monkeypatch.setattr(RunnerHooks, "warm_up", noted)
+    options = CASES["tiny.eagle.auto"].options("auto", tmp_path)
+    options["nwor"] = {**options["nwor"], "rope": rotation}
+    engine = Engine(options, tmp_path)
+    (counts,) = after
+    print(f"{rotation}: compiled in warm-up: {counts}")
+    assert min(counts) > 0
+    assert counts[2] <= write[1]  # target staged, target certain, drafter
+    assert compiled() == counts
+    prompts = [ids[:40] for ids in text_prompts(4)]
+    for requests in (1, 2, 3, 4):
+        engine.generate({"prompts": prompts[:requests], "max_tokens": 50, "audit": True})
+    assert compiled() == counts
+
+
+def _captured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int, int], set[bool]]:
+    """Requests, tokens and longest span of the graphs that are captured from now on, and whether
+    their metadata has a schedule."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+    from nwor_compile.vllm_adapter.cuda_backend import NworFlashMetadataBuilder
+
+    found: dict[tuple[int, int, int], set[bool]] = {}
+    capture = NworFlashMetadataBuilder.build_for_cudagraph_capture
+
+    def noted(builder: FlashAttentionMetadataBuilder, step: Any) -> Any:
+        metadata = capture(builder, step)
+        shape = step.num_reqs, step.num_actual_tokens, step.max_query_len
+        found.setdefault(shape, set()).add(metadata.scheduler_metadata is not None)
+        return metadata
+
+    monkeypatch.setattr(NworFlashMetadataBuilder, "build_for_cudagraph_capture", noted)
+    return found
+
+
+def _span(engine: Any) -> int:
+    """Tokens of a request in a verify step."""
+    return 1 + int(engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens)
+
+
+def _count_schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Requests and longest span of each schedule that is made from now on."""
+    from vllm.v1.attention.backends import flash_attn
 
     made: list[tuple[int, int]] = []
     schedule = flash_attn.get_scheduler_metadata
@@ -74,17 +165,7 @@ def test_no_schedule_is_made_for_graphs_that_hold_none(
         return schedule(**given)
 
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", counted)
-    prompts = [ids[:40] for ids in text_prompts(4)]
-    for requests in (1, 4):
-        made.clear()
-        given = {"prompts": prompts[:requests], "max_tokens": 100, "audit": True}
-        found = engine.generate(given)
-        assert found["nwor"]["nwor_windows"] > 10
-        assert not found["rows"].get("rejected_present")
-        assert not found["rows"].get("missing")
-        verified = [size for size, longest in made if longest == span]
-        assert bool(verified) == (requests > 2)
-        assert any(longest == 1 for _, longest in made)  # the drafter's steps after its first
+    return made
 
 
 def _contexts(worker: Any) -> Any:
