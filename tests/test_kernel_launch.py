@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
@@ -53,7 +54,9 @@ class Function:
 
     def __init__(self) -> None:
         self.log: Launches = []
-        self.refuses = False
+        self.refuses = self.loads = False
+        self.kernels: dict[tuple[Any, ...], Loaded] = {}
+        self.together = threading.Barrier(2, timeout=30)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*arguments: Any, **options: int) -> Compiled | None:
@@ -62,32 +65,65 @@ class Function:
 
         return run
 
-    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: int) -> None:
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: int) -> Any:
         self.log.append(("compiled", grid, arguments, options))
+        return Pending(self, arguments) if self.loads else None
+
+
+class Pending:
+    """A kernel that is being compiled; those of equal arguments are the same one."""
+
+    def __init__(self, function: Function, arguments: tuple[Any, ...]) -> None:
+        self.function, self.arguments = function, arguments
+
+    def result(self, ignore_errors: bool) -> Loaded | None:
+        assert ignore_errors
+        found = self.function.kernels.setdefault(self.arguments, Loaded(self))
+        return None if -1 in self.arguments else found
+
+
+class Loaded:
+    """A compiled kernel that notes when it is loaded, which takes a while."""
+
+    def __init__(self, pending: Pending) -> None:
+        self.pending = pending
+
+    @property
+    def run(self) -> None:
+        function, arguments = self.pending.function, self.pending.arguments
+        if arguments == (13,):
+            raise OSError("no compiler")
+        function.together.wait()
+        function.log.append(("loaded", torch.cuda.current_device(), arguments))
 
 
 @pytest.fixture
 def function(monkeypatch: pytest.MonkeyPatch) -> Function:
-    """On a machine whose current device is 0 and whose current stream is 7 there, 8 on device 1."""
-    current = [0]
+    """On a machine whose current device is 0, in every thread, and whose current stream is 7 there,
+    8 on device 1."""
+
+    class Current(threading.local):
+        device = 0
+
+    current = Current()
 
     class On:
         def __init__(self, device: torch.device) -> None:
-            self.before, self.device = current[0], device
+            self.before, self.device = current.device, device
 
         def __enter__(self) -> None:
-            current[0] = self.device.index
+            current.device = self.device.index
 
         def __exit__(self, *error: object) -> None:
-            current[0] = self.before
+            current.device = self.before
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.device)
     monkeypatch.setattr(torch.cuda, "device", On)
     streams = {0: 7, 1: 8}
 
     def stream(device: int) -> int:
-        assert device == current[0]
+        assert device == current.device
         return streams[device]
 
     active = SimpleNamespace(active=SimpleNamespace(get_current_stream=stream))
@@ -184,6 +220,26 @@ def test_together_kernels_are_compiled_and_nothing_is_launched(function: Functio
     kept((4, 2), constants=(5,))
     kept((4, 2), constants=(5,))
     assert kinds(function)[4:] == ["ordinary", "kept"]
+
+
+def test_together_kernels_are_loaded_at_the_same_time(function: Function) -> None:
+    """Where they will run, each once, and those alone that could be compiled."""
+    function.loads = True
+
+    def calls() -> None:
+        with launch.on_device(torch.device("cuda", 1)):
+            for arguments in ((6, 7), (8, 9), (6, 7), (5, -1)):
+                launch.launch(function, (1,), *arguments)
+
+    launch.compile_together(calls)
+    assert kinds(function) == ["compiled"] * 4 + ["loaded"] * 2
+    assert sorted(function.log[4:]) == [("loaded", 1, (6, 7)), ("loaded", 1, (8, 9))]
+
+
+def test_a_kernel_that_cannot_be_loaded_says_so(function: Function) -> None:
+    function.loads = True
+    with pytest.raises(OSError, match="no compiler"):
+        launch.compile_together(lambda: launch.launch(function, (1,), 13))
 
 
 def test_what_fails_while_kernels_are_compiled_leaves_nothing_behind(

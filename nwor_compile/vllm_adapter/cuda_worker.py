@@ -65,10 +65,15 @@ class NworGPUWorker(StagingWorker, Worker):
             return
         layers, staging = self.vllm_config.compilation_config.static_forward_context, ops.staging()
         layer_calls.call_writes(layers, staging)
+        called = set()
         for name, to in staging.items():
-            impl = layers[name].impl
-            if isinstance(impl, NworFlashImpl) and to.block_table is not None:
-                impl.call_kernels(layers[name].kv_cache, to.block_table, *hooks.sizes)
+            impl, cache = layers[name].impl, layers[name].kv_cache
+            if not isinstance(impl, NworFlashImpl) or to.block_table is None:
+                continue
+            form = impl.num_heads, impl.head_size, impl.attention, cache.shape, cache.stride()
+            if form not in called:
+                called.add(form)
+                impl.call_kernels(cache, to.block_table, *hooks.sizes)
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

@@ -105,15 +105,17 @@ def on_device(where: Tensor | torch.device) -> contextlib.AbstractContextManager
     return torch.cuda.device(device)
 
 
-_compiling: ContextVar[bool] = ContextVar("_compiling", default=False)
+# What was compiled so far, or is to be, and for which device; None: kernels are launched.
+_compiled: ContextVar[list[tuple[Any, int]] | None] = ContextVar("_compiled", default=None)
 
 
 def compile_together(calls: Callable[[], None]) -> None:
     """Call `calls`, in which `launch` and every `KeptLaunch` compile their kernels and launch
-    nothing; at the end all are compiled.
+    nothing; at the end all are compiled and loaded.
 
-    They compile at the same time, each in a thread: most of it happens outside of Python. A kernel
-    that cannot be compiled says so when it is launched.
+    They compile at the same time, each in a thread, and so do their launchers, which Triton
+    otherwise makes one by one as kernels are first launched: most of it happens outside of Python.
+    A kernel that cannot be compiled says so when it is launched; one that cannot be loaded, here.
     """
     # A context of its own: Triton's mode is a variable of the context, and stays set if something
     # fails while it waits for its threads.
@@ -121,16 +123,34 @@ def compile_together(calls: Callable[[], None]) -> None:
 
 
 def _compile_together(calls: Callable[[], None]) -> None:
-    _compiling.set(True)
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        calls()
+    compiled: list[tuple[Any, int]] = []
+    _compiled.set(compiled)
+    with ThreadPoolExecutor() as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            calls()
+        found = {}
+        for kernel, device in compiled:
+            done = kernel.result(True) if hasattr(kernel, "result") else kernel
+            if done is not None:
+                found[id(done)] = done, device
+        for _ in pool.map(lambda each: _load(*each), found.values()):
+            pass
+
+
+def _load(kernel: Any, device: int) -> None:
+    """Make the launcher and load the kernel, which Triton does when `run` is asked for."""
+    with torch.cuda.device(torch.device("cuda", device)):  # each thread has its own
+        _ = kernel.run
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> Any:
     """Launch `kernel`, the ordinary way, on the current device; gives the compiled kernel, or None
     where it was only compiled."""
-    if _compiling.get():
-        kernel.warmup(*arguments, grid=grid, **options)
+    compiled = _compiled.get()
+    if compiled is not None:
+        found = kernel.warmup(*arguments, grid=grid, **options)
+        if found is not None:  # a hook of Triton's may refuse to compile
+            compiled.append((found, torch.cuda.current_device()))
         return None
     return kernel[grid](*arguments, **options)
 
@@ -189,7 +209,7 @@ class KeptLaunch:
                 parts.append(place % 16)
         key = tuple(parts)
         kernel = self.kept.get(key)
-        if kernel is None or _compiling.get():
+        if kernel is None or _compiled.get() is not None:
             arguments = (*self.fixed, *pointers, *strides, *numbers, *constants)
             self._launch_first(programs, key, arguments)
             return

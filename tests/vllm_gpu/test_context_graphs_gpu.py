@@ -63,12 +63,13 @@ def test_no_schedule_is_made_for_graphs_that_hold_none(
     from matrix_engine import text_prompts
 
     captured = _captured(monkeypatch)
-    engine = Engine(CASES["tiny.eagle.auto"].options("auto", tmp_path), tmp_path)
+    options = CASES["tiny.eagle.auto"].options("auto", tmp_path)
+    options["llm"]["max_num_seqs"] = 8
+    engine = Engine(options, tmp_path)
     span = _span(engine)
     # This model's contexts are too short to decide.
-    for requests in (1, 2, 4):
-        assert captured[requests, requests * span, span] == {False}
-    assert captured[6, 6 * span, span] == {True}
+    for requests in (1, 2, 4, 8):
+        assert captured[requests, requests * span, span] == {requests > 4}
 
     made = _count_schedules(monkeypatch)
     prompts = [ids[:40] for ids in text_prompts(6)]
@@ -98,8 +99,8 @@ def test_the_layers_kernels_are_compiled_in_warm_up(
     from nwor_compile.ops.kernels import attention, cache_write, merge, rope
     from nwor_compile.vllm_adapter.runner import RunnerHooks
 
-    write = (rope._rope_kernel, 3) if rotation == "fused" else (cache_write._write_kernel, 1)
-    kernels = attention._attention_kernel, merge.merge_kernel, write[0]
+    write = rope._rope_kernel if rotation == "fused" else cache_write._write_kernel
+    kernels = attention._attention_kernel, merge.merge_kernel, write
     for kernel in kernels:
         kernel.device_caches.clear()  # of another test's engine
 
@@ -120,7 +121,6 @@ def test_the_layers_kernels_are_compiled_in_warm_up(
     (counts,) = after
     print(f"{rotation}: compiled in warm-up: {counts}")
     assert min(counts) > 0
-    assert counts[2] <= write[1]  # target staged, target certain, drafter
     assert compiled() == counts
     prompts = [ids[:40] for ids in text_prompts(4)]
     for requests in (1, 2, 3, 4):
