@@ -67,7 +67,7 @@ class ContextGraphs:
         bounds = input_batch.seq_lens_cpu_upper_bound
         # The sum takes time on the host, and only these batches need it.
         asked = ALWAYS_REQUESTS < bounds.shape[0] <= FUSED_REQUESTS
-        self.tokens = int(bounds.sum()) if asked else None
+        self.tokens = sum(bounds.tolist()) if asked else None
 
     def _capture(
         self, manager: Any, original: Callable[..., None], *args: Any, **kwargs: Any

@@ -35,6 +35,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from nwor_compile.attention_choice import (
     FUSED_REQUESTS,
+    FUSED_SPAN,
     depends_on_tokens,
     ever_depends_on_tokens,
     prefers_fused,
@@ -112,15 +113,16 @@ class NworFlashImpl(FlashAttentionImpl):
     def call_kernels(
         self, kv_cache: Tensor, block_table: Tensor, most_requests: int, most_drafts: int
     ) -> None:
-        """Call this package's kernel once for each way in which steps of decodes will, for
-        `compile_together`.
+        """Call this package's kernel once for each way in which steps of drafts, or with a short
+        end of a prompt, will, for `compile_together`.
 
         block_table: int32 `[most_requests, columns]`, to be read by such steps.
         """
         few = range(1, 1 + min(most_requests, FUSED_REQUESTS))
         powers = (1 << i for i in range(most_requests.bit_length()))
         sizes = sorted({*few, *powers, most_requests})
-        for requests, span in itertools.product(sizes, range(2, 2 + most_drafts)):
+        spans = range(2, 1 + max(FUSED_SPAN, 1 + most_drafts))
+        for requests, span in itertools.product(sizes, spans):
             auto = prefers_fused(requests, span, 0, grouped=self._grouped)
             if self.attention == "stock" or (self.attention == "auto" and not auto):
                 continue

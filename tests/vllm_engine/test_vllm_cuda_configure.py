@@ -260,10 +260,10 @@ def test_masks_that_the_fused_kernel_does_not_know_go_to_the_engines_own() -> No
 @pytest.mark.parametrize(
     ("attention", "requests", "drafts", "kv_heads", "wanted"),
     [
-        ("auto", 6, 2, 4, [(r, r * span) for r in (1, 2, 3, 4) for span in (2, 3)]),
-        ("auto", 6, 2, 8, [(r, r * span) for r in (1, 2) for span in (2, 3)]),
+        ("auto", 6, 2, 4, [(r, r * span) for r in (1, 2, 3, 4) for span in range(2, 17)]),
+        ("auto", 6, 2, 8, [(r, r * span) for r in (1, 2) for span in range(2, 17)]),
         ("auto", 1, 48, 4, [(1, span) for span in range(2, 17)]),
-        ("fused", 9, 1, 4, [(r, 2 * r) for r in (1, 2, 3, 4, 8, 9)]),
+        ("fused", 9, 18, 4, [(r, r * s) for r in (1, 2, 3, 4, 8, 9) for s in range(2, 20)]),
         ("stock", 6, 2, 4, []),
     ],
 )
@@ -308,11 +308,20 @@ def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.Mo
     from nwor_compile.vllm_adapter.cuda_worker import NworGPUWorker
 
     calls: list[tuple[Any, ...]] = []
-    impl = object.__new__(NworFlashImpl)
-    impl.call_kernels = lambda *given: calls.append(given)  # type: ignore[method-assign]
+
+    def layer(heads: int, cache: Any) -> SimpleNamespace:
+        impl = object.__new__(NworFlashImpl)
+        impl.num_heads, impl.head_size, impl.attention = heads, 16, "auto"
+        impl.call_kernels = lambda *given: calls.append(given)  # type: ignore[method-assign]
+        return SimpleNamespace(impl=impl, kv_cache=cache)
+
+    cache, longer = torch.zeros(3, 2, 4, 32), torch.zeros(5, 2, 4, 32)
     layers = {
-        "ours": SimpleNamespace(impl=impl, kv_cache="cache"),
-        "triton": SimpleNamespace(impl=object(), kv_cache="other cache"),
+        "first": layer(8, cache),
+        "triton": SimpleNamespace(impl=object(), kv_cache=cache),
+        "like the first": layer(8, torch.zeros(3, 2, 4, 32)),
+        "wider": layer(16, cache),
+        "of another group": layer(8, longer),
     }
     staging = {name: SimpleNamespace(block_table=f"table of {name}") for name in layers}
     monkeypatch.setattr(ops, "_layers", staging)
@@ -322,7 +331,13 @@ def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.Mo
     worker.vllm_config = SimpleNamespace(compilation_config=compilation)
     worker.nwor = SimpleNamespace(sizes=(6, 4))  # type: ignore[assignment]
     worker._call_kernels()
-    assert calls == [(layers, staging), ("cache", "table of ours", 6, 4)]
+    assert calls.pop(0) == (layers, staging)
+    found = [(id(cache), *rest) for cache, *rest in calls]
+    assert found == [
+        (id(cache), "table of first", 6, 4),
+        (id(cache), "table of wider", 6, 4),
+        (id(longer), "table of of another group", 6, 4),
+    ]
 
 
 class TestSchedules:
