@@ -432,7 +432,7 @@ class Window:
         for opening in openings:
             opening.check(self._limits)
         device = self.tensors.error.device
-        if device.type == "cuda" and uses_triton(device):
+        if _compiles(device):
             from nwor_compile.ops.kernels.launch import compile_together
 
             def calls() -> None:
@@ -689,3 +689,8 @@ class Window:
         clear(self.tensors.routing)
         if self.redirection is not None:
             self.redirection.forget()
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled for `device`, and not interpreted."""
+    return device.type == "cuda" and uses_triton(device)

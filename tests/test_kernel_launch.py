@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Geometry, Span, make_batch, make_step
+from cases import Geometry, Span, make_batch, make_step, paged_arguments
 from torch import Tensor
 from window_support import MIXED, Rig, rig
 
@@ -19,11 +19,23 @@ pytest.importorskip("triton")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from nwor_compile.ops.attention import paged_attention
 from nwor_compile.ops.cache_write import STAGE_WRITE
 from nwor_compile.ops.decide import DECIDING
-from nwor_compile.ops.kernels import begin, cache_write, decide, launch, redirect, rope, scv
+from nwor_compile.ops.kernels import (
+    attention,
+    begin,
+    cache_write,
+    decide,
+    launch,
+    merge,
+    redirect,
+    rope,
+    scv,
+)
 from nwor_compile.ops.kernels.launch import KeptLaunch
 from nwor_compile.ops.library import implementation, pick
 from nwor_compile.ops.rope import ROPE_WRITE
@@ -93,6 +105,8 @@ class Loaded:
         function, arguments = self.pending.function, self.pending.arguments
         if arguments == (13,):
             raise OSError("no compiler")
+        if arguments == (14,):
+            raise OutOfResources(300, 200, "shared memory")
         function.together.wait()
         function.log.append(("loaded", torch.cuda.current_device(), arguments))
 
@@ -222,24 +236,44 @@ def test_together_kernels_are_compiled_and_nothing_is_launched(function: Functio
     assert kinds(function)[4:] == ["ordinary", "kept"]
 
 
+@pytest.mark.parametrize(("context", "names"), [(200, ["attention", "merge"]), (9, ["attention"])])
+def test_attention_is_launched_where_it_can_be_only_compiled(
+    context: int, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `launch`, cut into pieces or whole."""
+    batch = make_batch([Span(context, 1, 4)], Geometry())
+    arguments = paged_arguments(make_step(batch).layers[0], batch)
+    out = torch.full_like(arguments["query"], float("nan"))
+    kernels = {attention._attention_kernel: "attention", merge.merge_kernel: "merge"}
+    found: list[str] = []
+    monkeypatch.setattr(
+        attention, "launch", lambda kernel, *given, **more: found.append(kernels[kernel])
+    )
+    with implementation("triton"):
+        paged_attention(**arguments, out=out)
+    assert found == names
+    assert out.isnan().all()
+
+
 def test_together_kernels_are_loaded_at_the_same_time(function: Function) -> None:
     """Where they will run, each once, and those alone that could be compiled."""
     function.loads = True
 
     def calls() -> None:
-        with launch.on_device(torch.device("cuda", 1)):
-            for arguments in ((6, 7), (8, 9), (6, 7), (5, -1)):
+        for device, arguments in ((1, (6, 7)), (0, (8, 9)), (1, (6, 7)), (0, (5, -1))):
+            with launch.on_device(torch.device("cuda", device)):
                 launch.launch(function, (1,), *arguments)
 
     launch.compile_together(calls)
     assert kinds(function) == ["compiled"] * 4 + ["loaded"] * 2
-    assert sorted(function.log[4:]) == [("loaded", 1, (6, 7)), ("loaded", 1, (8, 9))]
+    assert sorted(function.log[4:]) == [("loaded", 0, (8, 9)), ("loaded", 1, (6, 7))]
 
 
 def test_a_kernel_that_cannot_be_loaded_says_so(function: Function) -> None:
     function.loads = True
     with pytest.raises(OSError, match="no compiler"):
         launch.compile_together(lambda: launch.launch(function, (1,), 13))
+    launch.compile_together(lambda: launch.launch(function, (1,), 14))  # its launch says so
 
 
 def test_what_fails_while_kernels_are_compiled_leaves_nothing_behind(

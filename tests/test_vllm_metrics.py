@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,8 +237,9 @@ class Hooks:
         self.mirrors = 0
         self.calls: list[str] = []
 
-    def warm_up(self) -> None:
+    def warm_up(self, others: Callable[[], None]) -> None:
         self.calls.append("warm_up")
+        others()
         self.mirrors = len(self.window.tensors.mirrors)  # graphs of a GPU are captured now
 
     def warmed_up(self) -> None:
@@ -256,6 +257,9 @@ class Hooks:
 
 class MixedWorker(StagingWorker, Worker):
     nwor: Any
+
+    def _call_kernels(self, hooks: Any) -> None:
+        hooks.calls.append("kernels")
 
 
 def test_rank_0_alone_publishes(prefix: Path, staging: Rig) -> None:
@@ -281,7 +285,7 @@ def test_a_worker_warms_its_hooks_up_and_closes_them(prefix: Path, staging: Rig)
     worker.compile_or_warm_up_model()
     assert worker.nwor_metrics() == {"nwor_windows": 1}
     worker.shutdown()
-    assert worker.nwor.calls == ["warm_up", "warmed_up", "close"]
+    assert worker.nwor.calls == ["warm_up", "kernels", "warmed_up", "close"]
     assert worker._writer is None  # it holds the window, and so the caches
 
 
@@ -291,7 +295,7 @@ def test_an_engine_that_did_not_start_leaves_no_file(
 ) -> None:
     worker = MixedWorker(staging, 0)
 
-    def fail() -> None:
+    def fail(*given: object) -> None:
         raise RuntimeError("no memory")
 
     if where == "vllm":

@@ -11,6 +11,7 @@ import torch
 from recorded import FIRST, SECOND, THIRD, Kept, commit, take
 from window_support import NONE, Rig, open_windows, rig
 
+from nwor_compile import window as window_module
 from nwor_compile.errors import WindowInputError, WindowOrderError
 from nwor_compile.opening import opening_of
 from nwor_compile.ops.library import implementation
@@ -290,6 +291,41 @@ def test_warm_up_over_steps_changes_nothing(compiled: bool, tail: bool, poison: 
         rows = r.rows()
         r.run([2, 0, 1, 1])
         assert r.holds(r.expected(rows, [2, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_others_are_compiled_with_the_windows_kernels(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They launch nothing; and where nothing is compiled they are not called."""
+    launch = pytest.importorskip("nwor_compile.ops.kernels.launch")
+    monkeypatch.setattr(window_module, "_compiles", lambda device: compiles)
+    calls: list[str] = []
+    with rig(FIRST) as r, implementation("triton"):
+        r.new_rows(1)
+        together, own = launch.compile_together, r.window._call_kernels
+
+        def noted(*given: Any) -> None:
+            calls.append("own")
+            own(*given)
+
+        def compile_together(made: Callable[[], None]) -> None:
+            calls.append("together")
+            together(made)
+            calls.append("done")
+
+        def others() -> None:
+            calls.append("others")
+            r.forward()
+
+        monkeypatch.setattr(r.window, "_call_kernels", noted)
+        monkeypatch.setattr(launch, "compile_together", compile_together)
+        before = r.rows()
+        r.window.warm_up([1], others=others)
+        assert calls == (["together", "own", "others", "done"] if compiles else [])
+        assert r.holds(before)
+        r.forward()
+        assert not r.holds(before)
 
 
 def test_warm_up_refuses_steps_before_it_takes_any() -> None:

@@ -29,7 +29,8 @@ from nwor_compile.vllm_adapter import patches
 
 
 class ContextGraphs:
-    """tokens: of all contexts of the step under way, an upper bound; None where not asked for."""
+    """tokens: of all contexts of the step under way, an upper bound; None where not asked for. In
+    a dummy run it is still that of the step before, for metadata and graphs alike."""
 
     tokens: int | None = None
 

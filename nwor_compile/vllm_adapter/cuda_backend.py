@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from typing import Any, Literal
 
 import torch
@@ -99,22 +100,25 @@ class NworFlashImpl(FlashAttentionImpl):
         )
 
     def prefers_fused(self, requests: int, longest_span: int) -> bool:
-        """Whether this package's kernel attends in the step under way, if its mask is plain."""
+        """Whether this package's kernel attends in the step under way, if its mask is plain.
+
+        Where contexts would decide and are not known, it does not, as `ContextGraphs` then replays
+        the graph for long ones.
+        """
         if self.attention != "auto":
             return self.attention == "fused"
-        tokens = None if self._contexts is None else self._contexts.tokens
-        return prefers_fused(
-            requests,
-            longest_span,
-            requests * self._longest if tokens is None else tokens,
-            grouped=self._grouped,
-        )
+        tokens = requests * self._longest
+        if self._contexts is not None and self.goes_by_contexts:
+            known = self._contexts.tokens
+            tokens = sys.maxsize if known is None else known
+        return prefers_fused(requests, longest_span, tokens, grouped=self._grouped)
 
     def call_kernels(
         self, kv_cache: Tensor, block_table: Tensor, most_requests: int, most_drafts: int
     ) -> None:
         """Call this package's kernel once for each way in which steps of drafts, or with a short
-        end of a prompt, will, for `compile_together`.
+        end of a prompt, will, for `compile_together`. With `fused` those of some numbers of
+        requests between powers of two may be missing.
 
         block_table: int32 `[most_requests, columns]`, to be read by such steps.
         """
@@ -133,9 +137,9 @@ class NworFlashImpl(FlashAttentionImpl):
                 block_table.new_zeros(requests + 1), self.scale, out=torch.empty_like(query),
             )  # fmt: skip
 
-    def is_drafters(self, requests: int, longest_span: int) -> bool:
-        """Whether a graph that is captured now is a drafter's, for steps in which this layer's
-        kernel goes by contexts: the target's are captured with contexts given."""
+    def lacks_contexts(self, requests: int, longest_span: int) -> bool:
+        """Whether contexts would decide and are not known. In a capture this tells a drafter's
+        graph: the target's are captured with contexts given."""
         contexts = self._contexts
         unknown = self.goes_by_contexts and contexts is not None and contexts.tokens is None
         return unknown and depends_on_tokens(requests, longest_span)
@@ -236,7 +240,9 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         if not plain or not self._target:
             return False
         shape = step.num_reqs, step.max_query_len
-        return all(each.prefers_fused(*shape) or each.is_drafters(*shape) for each in self._target)
+        return all(
+            each.prefers_fused(*shape) or each.lacks_contexts(*shape) for each in self._target
+        )
 
     def _all_fused(self, step: Any) -> bool:
         return all(each.prefers_fused(step.num_reqs, step.max_query_len) for each in self._target)
@@ -252,7 +258,7 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
             if not isinstance(impl, NworFlashImpl):
                 return []
             if impl.chosen:
-                kinds[impl.attention, impl._grouped, impl._longest, id(impl._contexts)] = impl
+                kinds[impl.attention, impl._grouped] = impl
         return list(kinds.values())
 
 

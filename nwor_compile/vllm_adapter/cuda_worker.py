@@ -59,21 +59,18 @@ class NworGPUWorker(StagingWorker, Worker):
         if contexts is not None and any(impl.goes_by_contexts for impl in chosen):
             contexts.hook(self.model_runner)
 
-    def _call_kernels(self) -> None:
-        hooks = self.nwor
-        if hooks is None:
-            return
+    def _call_kernels(self, hooks: RunnerHooks) -> None:
         layers, staging = self.vllm_config.compilation_config.static_forward_context, ops.staging()
         layer_calls.call_writes(layers, staging)
         called = set()
         for name, to in staging.items():
-            impl, cache = layers[name].impl, layers[name].kv_cache
-            if not isinstance(impl, NworFlashImpl) or to.block_table is None:
+            impl, cache, table = layers[name].impl, layers[name].kv_cache, to.block_table
+            if not isinstance(impl, NworFlashImpl) or table is None:
                 continue
             form = impl.num_heads, impl.head_size, impl.attention, cache.shape, cache.stride()
             if form not in called:
                 called.add(form)
-                impl.call_kernels(cache, to.block_table, *hooks.sizes)
+                impl.call_kernels(cache, table, *hooks.sizes)
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

@@ -42,7 +42,8 @@ def forget() -> None:
 
 
 def call_writes(layers: Mapping[str, Any], staging: Mapping[str, LayerStaging]) -> None:
-    """Call each kernel that the writes of these layers will need, on a token of no value.
+    """Call each kernel that the writes of these layers will need, on a token of no value; then
+    forget what was noted.
 
     layers: vLLM's layers by name, with their caches. staging: of those that stage.
     """
@@ -67,3 +68,4 @@ def call_writes(layers: Mapping[str, Any], staging: Mapping[str, LayerStaging]) 
             writes.append(stage_write(name, layer, cache, to))
         for write in writes:
             write(*tokens, slots)
+    forget()

@@ -42,7 +42,7 @@ class StagingWorker(_Worker):
             return super().compile_or_warm_up_model()
         self._writer = self._open_metrics(hooks)
         try:
-            hooks.warm_up(self._call_kernels)
+            hooks.warm_up(lambda: self._call_kernels(hooks))
             result = super().compile_or_warm_up_model()
             hooks.warmed_up()
         except BaseException:
@@ -51,7 +51,7 @@ class StagingWorker(_Worker):
         self._show_metrics(hooks)
         return result
 
-    def _call_kernels(self) -> None:
+    def _call_kernels(self, hooks: RunnerHooks) -> None:
         """Call the kernels of the layers, to be compiled with the window's."""
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:

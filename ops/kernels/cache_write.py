@@ -17,6 +17,7 @@ from nwor_compile.ops.kernels.launch import (
     bits,
     cache_strides,
     element_offset,
+    launch,
     on_device,
     overlaps,
     scale_stride,
@@ -210,9 +211,10 @@ def _launch(target: _Target, key: Tensor, value: Tensor, slot_mapping: Tensor) -
     if target.as_bits:
         key, value = bits(key), bits(value)
     with on_device(key):
-        _write_kernel[(tokens,)](
-            *target.fixed, key, value, slot_mapping, *constants, num_warps=warps
-        )
+        launch(
+            _write_kernel, (tokens,), *target.fixed, key, value, slot_mapping, *constants,
+            num_warps=warps,
+        )  # fmt: skip
 
 
 class StageWrite:

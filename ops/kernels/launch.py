@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from nwor_compile.ops.layout import logical_key, logical_value
 
@@ -115,7 +116,8 @@ def compile_together(calls: Callable[[], None]) -> None:
 
     They compile at the same time, each in a thread, and so do their launchers, which Triton
     otherwise makes one by one as kernels are first launched: most of it happens outside of Python.
-    A kernel that cannot be compiled says so when it is launched; one that cannot be loaded, here.
+    A kernel that cannot be compiled, or wants more shared memory than there is, says so when it is
+    launched; one that cannot be loaded otherwise, here.
     """
     # A context of its own: Triton's mode is a variable of the context, and stays set if something
     # fails while it waits for its threads.
@@ -139,7 +141,8 @@ def _compile_together(calls: Callable[[], None]) -> None:
 
 def _load(kernel: Any, device: int) -> None:
     """Make the launcher and load the kernel, which Triton does when `run` is asked for."""
-    with torch.cuda.device(torch.device("cuda", device)):  # each thread has its own
+    # Each thread has its own current device. OutOfResources: the launch raises it again.
+    with torch.cuda.device(torch.device("cuda", device)), contextlib.suppress(OutOfResources):
         _ = kernel.run
 
 
@@ -149,7 +152,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
     compiled = _compiled.get()
     if compiled is not None:
         found = kernel.warmup(*arguments, grid=grid, **options)
-        if found is not None:  # a hook of Triton's may refuse to compile
+        if found is not None:  # nothing is in Triton's interpreter
             compiled.append((found, torch.cuda.current_device()))
         return None
     return kernel[grid](*arguments, **options)

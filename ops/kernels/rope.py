@@ -25,6 +25,7 @@ from nwor_compile.ops.kernels.launch import (
     KeptLaunch,
     bits,
     cache_strides,
+    launch,
     on_device,
     overlaps,
     scale_stride,
@@ -319,7 +320,8 @@ def _launch(
     if tokens == 0 or groups == 0:
         return
     with on_device(query):
-        _rope_kernel[(tokens, groups)](
+        launch(
+            _rope_kernel, (tokens, groups),
             *target.fixed, query, key, value, out_query, out_key, positions, slot_mapping,
             0 if slot_mapping is None else slot_mapping.shape[0], target.positions_in_table,
             *constants, **_OPTIONS,

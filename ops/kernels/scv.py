@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nwor_compile.ops.kernels.launch import KeptLaunch, on_device
+from nwor_compile.ops.kernels.launch import KeptLaunch, launch, on_device
 from nwor_compile.ops.scv import JudgePlan, Verdict
 
 MAX_POSITIONS = 32  # positions (columns) a pass; more are looped over
@@ -293,7 +293,8 @@ def accept_mask(
     positions = min(MAX_POSITIONS, triton.next_power_of_2(max(columns, 2)))
     block = min(triton.next_power_of_2(max(requests, 1)), _TILE // positions)
     with on_device(sampled_ids):
-        _accept_kernel[(1,)](
+        launch(
+            _accept_kernel, (1,),
             sampled_ids, draft_ids, cu_num_drafts, num_sampled, mask.view(torch.uint8), accepted,
             mismatch,
             requests, columns, rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_auto_takes_the_fused_kernel_for_small_decode_batches(
     from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
 
     impl = object.__new__(NworFlashImpl)
-    impl.num_heads, impl.num_kv_heads = 8, 4
+    impl.num_heads, impl.num_kv_heads, impl._longest = 8, 4, 1 << 20
     impl._contexts = contexts = ContextGraphs()
     contexts.tokens = tokens
     metadata = step_of(requests, span)
@@ -277,7 +278,7 @@ def test_kernels_are_called_for_each_form_of_step_that_they_attend_in(
 ) -> None:
     from nwor_compile.vllm_adapter import cuda_backend
 
-    found = []
+    found: list[tuple[int, int]] = []
 
     def called(
         query: Any, key: Any, value: Any, table: Any, lengths: Any, starts: Any, scale: float,
@@ -288,6 +289,7 @@ def test_kernels_are_called_for_each_form_of_step_that_they_attend_in(
         assert query.dtype == out.dtype == torch.bfloat16
         assert key.shape == value.shape == (3, 4, kv_heads, 16)
         assert (table.shape, table.stride()) == ((count, 5), (5, 1))
+        assert table.data_ptr() == tables.data_ptr()
         assert starts.shape == (count + 1,)
         assert {tensor.dtype for tensor in (table, lengths, starts)} == {torch.int32}
         assert scale == 0.25
@@ -298,7 +300,8 @@ def test_kernels_are_called_for_each_form_of_step_that_they_attend_in(
     impl.attention, impl.scale = attention, 0.25  # type: ignore[assignment]
     impl.num_heads, impl.num_kv_heads, impl.head_size = 8, kv_heads, 16
     cache = torch.zeros(3, kv_heads, 4, 32, dtype=torch.bfloat16)
-    impl.call_kernels(cache, torch.zeros(requests, 5, dtype=torch.int32), requests, drafts)
+    tables = torch.zeros(requests, 5, dtype=torch.int32)
+    impl.call_kernels(cache, tables, requests, drafts)
     assert found == wanted
 
 
@@ -309,19 +312,22 @@ def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.Mo
 
     calls: list[tuple[Any, ...]] = []
 
-    def layer(heads: int, cache: Any) -> SimpleNamespace:
+    def layer(heads: int, cache: Any, attention: Any = "auto") -> SimpleNamespace:
         impl = object.__new__(NworFlashImpl)
-        impl.num_heads, impl.head_size, impl.attention = heads, 16, "auto"
+        impl.num_heads, impl.head_size, impl.attention = heads, 16, attention
         impl.call_kernels = lambda *given: calls.append(given)  # type: ignore[method-assign]
         return SimpleNamespace(impl=impl, kv_cache=cache)
 
     cache, longer = torch.zeros(3, 2, 4, 32), torch.zeros(5, 2, 4, 32)
+    turned = torch.zeros(3, 4, 2, 32).transpose(1, 2)
     layers = {
         "first": layer(8, cache),
         "triton": SimpleNamespace(impl=object(), kv_cache=cache),
         "like the first": layer(8, torch.zeros(3, 2, 4, 32)),
         "wider": layer(16, cache),
         "of another group": layer(8, longer),
+        "of other strides": layer(8, turned),
+        "with a window": layer(8, cache, "stock"),
     }
     staging = {name: SimpleNamespace(block_table=f"table of {name}") for name in layers}
     monkeypatch.setattr(ops, "_layers", staging)
@@ -329,15 +335,33 @@ def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.Mo
     worker = object.__new__(NworGPUWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
     worker.vllm_config = SimpleNamespace(compilation_config=compilation)
-    worker.nwor = SimpleNamespace(sizes=(6, 4))  # type: ignore[assignment]
-    worker._call_kernels()
+    worker._call_kernels(SimpleNamespace(sizes=(6, 4)))  # type: ignore[arg-type]
     assert calls.pop(0) == (layers, staging)
     found = [(id(cache), *rest) for cache, *rest in calls]
     assert found == [
         (id(cache), "table of first", 6, 4),
         (id(cache), "table of wider", 6, 4),
         (id(longer), "table of of another group", 6, 4),
+        (id(turned), "table of of other strides", 6, 4),
+        (id(cache), "table of with a window", 6, 4),
     ]
+
+
+class CudaGraphManager:
+    """As vLLM's in the names that are used; a graph is what `run` gave while it was captured."""
+
+    def __init__(self, full: list[Any], run: Callable[[], Any]) -> None:
+        from vllm.config.compilation import CUDAGraphMode
+
+        self.graphs: dict[Any, Any] = {}
+        self._capture_descs, self.run = {CUDAGraphMode.FULL: full}, run
+
+    def capture(self) -> None:
+        for descs in self._capture_descs.values():
+            self.graphs |= {desc: self.run() for desc in descs}
+
+    def run_fullgraph(self, desc: Any) -> Any:
+        return self.graphs[desc]
 
 
 class TestSchedules:
@@ -452,9 +476,9 @@ class TestSchedules:
 
     def test_layers_that_need_one(self, built: list[bool]) -> None:
         drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
-        for layers in ([drafter], [fused, stock, drafter], [object()]):
+        for layers in ([drafter], [fused, stock, drafter], [object()], [fused, object(), drafter]):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
-        assert built == [False, False, False]
+        assert built == [False] * 4
 
     @pytest.mark.parametrize("drafter_first", [False, True])
     def test_where_contexts_decide_long_ones_have_one(
@@ -486,13 +510,41 @@ class TestSchedules:
 
         contexts = ContextGraphs()
         alike = self.layer("auto", contexts, kv_heads=8)
-        mixed = (self.layer("auto", contexts), alike)
-        for layers in ((self.layer("auto"),), (alike,), mixed):
+        known = self.layer("auto", contexts)
+        for layers in ((self.layer("auto"),), (alike,), (known, alike), (alike, known)):
             for contexts.tokens in (0, None):
                 builder = self.builder(*layers, self.layer(None))
                 builder.build_for_cudagraph_capture(self.step(4, 5))
                 builder.build(0, self.step(4, 5))
-        assert built == [False] * 12
+        assert built == [False] * 16
+
+    def test_where_contexts_are_not_known_the_schedule_is_for_the_graph_that_is_replayed(
+        self, built: list[bool]
+    ) -> None:
+        """In a dummy run of three requests, which all could not exceed the limit together."""
+        from vllm.config.compilation import CUDAGraphMode
+        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+        from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
+
+        contexts = ContextGraphs()
+        target = self.layer("auto", contexts)
+        target._longest = 10000
+        builder = self.builder(target, self.layer(None))
+        desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=15, num_reqs=3)
+        manager = CudaGraphManager([desc], lambda: self.captured(builder, built))
+        contexts.attach(manager)
+        manager.capture()
+        self.captured(builder, built)  # the drafter's
+        for tokens in (None, 30000, 32769):
+            contexts.tokens = tokens
+            builder.build(0, self.step(3, 5))
+            assert built[-1] is manager.run_fullgraph(desc) is (tokens == 30000)
+
+    def captured(self, builder: Any, built: list[bool]) -> bool:
+        """Capture a graph; whether it has no schedule."""
+        builder.build_for_cudagraph_capture(self.step(3, 5))
+        return built[-1]
 
     def test_the_first_build_settles_the_window_and_so_makes_one(self, built: list[bool]) -> None:
         builder = self.builder(self.layer("auto"))

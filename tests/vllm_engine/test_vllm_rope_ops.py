@@ -86,10 +86,10 @@ def rotated(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return q.unflatten(1, (-1, SIZE)), k.unflatten(1, (-1, SIZE))
 
 
-def rope_stage(given: dict[str, Tensor]) -> None:
+def rope_stage(given: dict[str, Tensor], is_neox: bool = True) -> None:
     from nwor_compile.vllm_adapter import rope_ops  # noqa: F401
 
-    dep = torch.ops.nwor.vllm_rope_stage(*given.values(), True, NAME)
+    dep = torch.ops.nwor.vllm_rope_stage(*given.values(), is_neox, NAME)
     assert dep.shape == (0,)
 
 
@@ -157,20 +157,29 @@ def test_a_layers_write_is_prepared_once_and_anew_with_another_cache_staging_or_
     assert [prepared(), prepared()] == [1, 0]  # directly
 
 
+@pytest.fixture(params=[True, False], ids=["neox", "gptj"])
+def is_neox(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def profiled(layer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """A step, and the layer has run in it without slots, as vLLM profiles it."""
+def profiled(layer: Any, is_neox: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """A step, and the layer has run in it without slots, as vLLM profiles it; then with slots, by
+    other strides."""
     from vllm.forward_context import get_forward_context
 
     given = step()
     with monkeypatch.context() as patch:
         patch.setattr(get_forward_context(), "slot_mapping", {})
-        rope_stage({**given, "query": given["query"].clone(), "key": given["key"]})
+        rope_stage({**given, "query": given["query"].clone()}, is_neox)
+    rope_stage({name: tensor.clone() for name, tensor in given.items()}, is_neox)
+    layer.kv_cache.zero_()
     return given
 
 
 def called(layers: dict[str, Any], staging: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What `call_writes` prepares and calls: name, staging and the tensors' forms of each."""
+    """What `call_writes` prepares and calls: name, staging and the tensors' forms of each. What was
+    noted is kept."""
     from nwor_compile.vllm_adapter import layer_calls
 
     calls: list[tuple[Any, ...]] = []
@@ -182,6 +191,7 @@ def called(layers: dict[str, Any], staging: dict[str, Any]) -> list[tuple[Any, .
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_calls, "rope_write", prepared)
         patch.setattr(layer_calls, "stage_write", prepared)
+        patch.setattr(layer_calls, "forget", lambda: None)
         layer_calls.call_writes(layers, staging)
     return calls
 
@@ -191,7 +201,7 @@ def form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def test_the_writes_to_come_are_called_as_the_profiling_run_was(
-    layer: Any, profiled: dict[str, Tensor]
+    layer: Any, profiled: dict[str, Tensor], is_neox: bool
 ) -> None:
     from nwor_compile.vllm_adapter import layer_calls, ops
 
@@ -199,7 +209,7 @@ def test_the_writes_to_come_are_called_as_the_profiling_run_was(
     forms = [((1, *shape[1:]), stride, dtype) for shape, stride, dtype in forms]
     forms[0] = ((1, HEADS, SIZE), (HEADS * SIZE, SIZE, 1), torch.bfloat16)  # a clone there
     forms.append(((1,), (1,), torch.int64))
-    rotation, to = (profiled["cos_sin_cache"], True), staging()
+    rotation, to = (profiled["cos_sin_cache"], is_neox), staging()
     direct, staged = (NAME, None, rotation, forms), (NAME, to, rotation, forms)
     layers = {NAME: layer, "other": layer}
     assert called(layers, {NAME: to}) == [direct, staged]
@@ -209,11 +219,21 @@ def test_the_writes_to_come_are_called_as_the_profiling_run_was(
     assert called(layers, {}) == []
     layer.impl.attn_type = "decoder"
     ops.set_layers({NAME: to})
+    assert called(layers, {NAME: to}) == [direct, staged]
     layer_calls.call_writes(layers, {NAME: to})
     assert not layer.kv_cache.any()  # no slot, no row
     assert not to.key.any()
+    assert called(layers, {NAME: to}) == []  # once
+
+
+def test_an_engine_that_ends_before_its_warm_up_leaves_nothing_noted(
+    layer: Any, profiled: dict[str, Tensor]
+) -> None:
+    from nwor_compile.vllm_adapter import ops
+
+    assert called({NAME: layer}, {})
     ops.set_layers({})
-    assert called(layers, {NAME: to}) == []
+    assert called({NAME: layer}, {}) == []
 
 
 def test_a_write_without_a_rotation_is_called_where_it_stages(
@@ -228,6 +248,9 @@ def test_a_write_without_a_rotation_is_called_where_it_stages(
         patch.setattr(get_forward_context(), "slot_mapping", {})
         torch.ops.nwor.vllm_stage(given["key"], given["value"], NAME)
     assert layer.impl.direct == []
+    # With slots it is not noted again.
+    torch.ops.nwor.vllm_stage(given["key"].clone(), given["value"].clone(), NAME)
+    assert len(layer.impl.direct) == 1
     row = ((1, KV_HEADS, SIZE), given["key"].stride(), torch.bfloat16)
     slot = ((1,), (1,), torch.int64)
     assert called({NAME: layer}, {NAME: to}) == [(NAME, to, (), [row, row, slot])]
