@@ -388,6 +388,24 @@ def test_engines_alone_that_fail_or_are_lost_cost_what_those_side_by_side_do(
     assert f"fill {failing} 64x512" not in harness.log
 
 
+@pytest.mark.parametrize("points", ["1x512,16x512", "16x512"])
+def test_no_engine_is_started_that_nothing_is_left_for(points: str, tmp_path: Path) -> None:
+    """The first one is lost at the first point it has blocks for; it has none for 16 requests."""
+    harness = Harness(tmp_path, modes="stock,off,stage", points=points, one_at_a_time=True)
+
+    def override(engine: FakeEngine, operation: str, arguments: dict[str, Any]) -> Any:
+        if operation == "window":
+            raise EngineError("the engine's process ended with -9")
+        return {"blocks": 100} if operation == "start" else None
+
+    harness.override = override  # type: ignore[method-assign]
+    harness.run()
+    wanted = [(1, "failed"), (16, "memory")]
+    assert written(tmp_path) == wanted[-len(points.split(",")) :]
+    assert [line for line in harness.log if line.startswith("start")] == ["start stock"]
+    assert harness.log[-1] == "close stock"
+
+
 def written(folder: Path) -> list[tuple[int, str]]:
     """Requests and status of each line of the rows' file."""
     lines = (folder / "rows.jsonl").read_text().splitlines()

@@ -315,6 +315,10 @@ class Run:
                 self._alone(configuration, mode, engines[mode.label], rows, reports, last=last)
             finally:
                 _close(engines)
+            if not last and not self._left(configuration, rows, reports):
+                for point, row in rows.items():
+                    self._end_alone(configuration, point, row, reports)
+                return
 
     def _alone(
         self, configuration: Configuration, mode: Mode, engine: Engine, rows: dict[Point, Row],
@@ -327,13 +331,27 @@ class Run:
             fits = self._fits(configuration, point, reports)
             if row.status != "failed" and fits:
                 lost = self._windows_alone(mode.label, engine, point, row, lost)
-            if not last:
-                continue
-            row.interleaved, row.attempts = False, 1
-            if fits:
-                self._add(row if row.status == "failed" else conclude(row))
-            else:
-                self._unfit(configuration, point, self._shortage(configuration, point, reports))
+            if last:
+                self._end_alone(configuration, point, row, reports)
+
+    def _left(
+        self, configuration: Configuration, rows: dict[Point, Row], reports: dict[str, EngineReport]
+    ) -> bool:
+        """Whether there is a point for the next engine to measure."""
+        return any(
+            row.status != "failed" and self._fits(configuration, point, reports)
+            for point, row in rows.items()
+        )
+
+    def _end_alone(
+        self, configuration: Configuration, point: Point, row: Row, reports: dict[str, EngineReport]
+    ) -> None:
+        """Write the row of a point that no engine will be asked for any more."""
+        row.interleaved, row.attempts = False, 1
+        if self._fits(configuration, point, reports):
+            self._add(row if row.status == "failed" else conclude(row))
+        else:
+            self._unfit(configuration, point, self._shortage(configuration, point, reports))
 
     def _windows_alone(self, name: str, engine: Engine, point: Point, row: Row, lost: str) -> str:
         """Measure a point on one engine. lost: why the engine answers no more, or an empty string.
