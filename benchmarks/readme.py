@@ -426,7 +426,7 @@ def _varied_steps() -> str:
     names = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
     return (
         "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B and 8B dims), "
-        "and a point of the grid that was not run then, stock "
+        "and points of the grid that were not run then, stock "
         "/ stage at requests x tokens; void: pairs of windows differ by more than 3 % (of several "
         f"runs the last that is not; {names}):"
         f"\n\n{_table(['configuration', *points], rows)}"

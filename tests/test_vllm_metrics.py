@@ -237,9 +237,9 @@ class Hooks:
         self.mirrors = 0
         self.calls: list[str] = []
 
-    def warm_up(self, others: Callable[[], None]) -> None:
+    def warm_up(self, others: Callable[[Any], None]) -> None:
         self.calls.append("warm_up")
-        others()
+        others(self.window)
         self.mirrors = len(self.window.tensors.mirrors)  # graphs of a GPU are captured now
 
     def warmed_up(self) -> None:
@@ -258,8 +258,9 @@ class Hooks:
 class MixedWorker(StagingWorker, Worker):
     nwor: Any
 
-    def _call_kernels(self, hooks: Any) -> None:
-        hooks.calls.append("kernels")
+    def _call_kernels(self, window: Any) -> None:
+        assert window is self.nwor.window
+        self.nwor.calls.append("kernels")
 
 
 def test_rank_0_alone_publishes(prefix: Path, staging: Rig) -> None:

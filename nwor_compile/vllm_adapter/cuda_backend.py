@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -99,36 +100,36 @@ class NworFlashImpl(FlashAttentionImpl):
             self._longest, grouped=self._grouped
         )
 
-    def prefers_fused(self, requests: int, longest_span: int) -> bool:
-        """Whether this package's kernel attends in the step under way, if its mask is plain.
+    def prefers_fused(self, requests: int, longest_span: int, tokens: int | None = None) -> bool:
+        """Whether this package's kernel attends in a step, if its mask is plain.
 
-        Where contexts would decide and are not known, it does not, as `ContextGraphs` then replays
-        the graph for long ones.
+        tokens: of its contexts together; None: it is the step under way. Where contexts would
+            decide and are not known, this kernel does not attend, as `ContextGraphs` then replays
+            the graph for long ones.
         """
         if self.attention != "auto":
             return self.attention == "fused"
-        tokens = requests * self._longest
-        if self._contexts is not None and self.goes_by_contexts:
-            known = self._contexts.tokens
-            tokens = sys.maxsize if known is None else known
+        if tokens is None:
+            tokens = requests * self._longest
+            if self._contexts is not None and self.goes_by_contexts:
+                known = self._contexts.tokens
+                tokens = sys.maxsize if known is None else known
         return prefers_fused(requests, longest_span, tokens, grouped=self._grouped)
 
     def call_kernels(
-        self, kv_cache: Tensor, block_table: Tensor, most_requests: int, most_drafts: int
+        self, kv_cache: Tensor, block_table: Tensor, sizes: Iterable[int], most_drafts: int
     ) -> None:
         """Call this package's kernel once for each way in which steps of drafts, or with a short
-        end of a prompt, will, for `compile_together`. With `fused` those of some numbers of
-        requests between powers of two may be missing.
+        end of a prompt, will, for `compile_together`.
 
-        block_table: int32 `[most_requests, columns]`, to be read by such steps.
+        block_table: int32 `[max_requests, columns]`, to be read by such steps. sizes: numbers of
+            requests, beside the few for which `auto` takes this kernel. With `fused` the forms of
+            some others may be missing.
         """
-        few = range(1, 1 + min(most_requests, FUSED_REQUESTS))
-        powers = (1 << i for i in range(most_requests.bit_length()))
-        sizes = sorted({*few, *powers, most_requests})
+        few = range(1, 1 + min(block_table.shape[0], FUSED_REQUESTS))
         spans = range(2, 1 + max(FUSED_SPAN, 1 + most_drafts))
-        for requests, span in itertools.product(sizes, spans):
-            auto = prefers_fused(requests, span, 0, grouped=self._grouped)
-            if self.attention == "stock" or (self.attention == "auto" and not auto):
+        for requests, span in itertools.product(sorted({*few, *sizes}), spans):
+            if not self.prefers_fused(requests, span, tokens=0):
                 continue
             query = kv_cache.new_empty(requests * span, self.num_heads, self.head_size)
             lengths = block_table.new_zeros(requests)

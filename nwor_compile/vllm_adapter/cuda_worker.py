@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
 from nwor_compile.config import NworConfig
 from nwor_compile.errors import ConfigError
-from nwor_compile.vllm_adapter import graph_split, layer_calls, ops
+from nwor_compile.vllm_adapter import graph_split, layer_calls
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl, use
 from nwor_compile.vllm_adapter.device_runner import DeviceRunnerHooks
@@ -17,6 +18,7 @@ from nwor_compile.vllm_adapter.runner import RunnerHooks
 from nwor_compile.vllm_adapter.settings import PASS_SLOT, requested
 from nwor_compile.vllm_adapter.spare_blocks import bytes_needed
 from nwor_compile.vllm_adapter.staging_worker import StagingWorker
+from nwor_compile.window import Window
 
 
 class NworGPUWorker(StagingWorker, Worker):
@@ -59,18 +61,19 @@ class NworGPUWorker(StagingWorker, Worker):
         if contexts is not None and any(impl.goes_by_contexts for impl in chosen):
             contexts.hook(self.model_runner)
 
-    def _call_kernels(self, hooks: RunnerHooks) -> None:
-        layers, staging = self.vllm_config.compilation_config.static_forward_context, ops.staging()
-        layer_calls.call_writes(layers, staging)
+    def _call_kernels(self, window: Window) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        layer_calls.call_writes(layers, window.layers)
         called = set()
-        for name, to in staging.items():
-            impl, cache, table = layers[name].impl, layers[name].kv_cache, to.block_table
-            if not isinstance(impl, NworFlashImpl) or table is None:
+        for name, staging in window.layers.items():
+            impl, cache = layers[name].impl, layers[name].kv_cache
+            if not isinstance(impl, NworFlashImpl):
                 continue
+            table = cast(Tensor, staging.block_table)  # `ops.set_layers` takes no layer without
             form = impl.num_heads, impl.head_size, impl.attention, cache.shape, cache.stride()
             if form not in called:
                 called.add(form)
-                impl.call_kernels(cache, table, *hooks.sizes)
+                impl.call_kernels(cache, table, window.sizes, window.max_drafts)
 
     @torch.inference_mode()
     def determine_available_memory(self) -> int:

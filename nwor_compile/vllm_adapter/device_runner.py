@@ -77,7 +77,7 @@ class DeviceRunnerHooks(RunnerHooks):
             window.pass_through({name: result[0][int(name)] for name in window.groups})
         return result
 
-    def warm_up(self, others: Callable[[], None] | None = None) -> None:
+    def warm_up(self, others: Callable[[Window], None] | None = None) -> None:
         """As on V1; and record how windows open over the buffers in which vLLM keeps each step's
         tensors, because its graphs record where they lie."""
         super().warm_up(others)

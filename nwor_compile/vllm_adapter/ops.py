@@ -49,11 +49,6 @@ def set_layers(layers: dict[str, LayerStaging], idle: Callable[[], bool] | None 
         layer_calls.forget()
 
 
-def staging() -> dict[str, LayerStaging]:
-    """The layers that stage."""
-    return dict(_layers)
-
-
 def executions() -> dict[str, int]:
     """How often `vllm_stage` ran in this process: in all (warm-up included), for layers that
     stage, and for others."""
@@ -98,12 +93,11 @@ def _stage(key: Tensor, value: Tensor, layer_name: LayerNameType) -> Tensor:
     name, layer, kv_cache, slots, staging, _ = write_called(layer_name)
     if slots is None:
         layer_calls.note(name, key, value)
+    elif staging is None:
+        layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
     else:
-        if staging is None:
-            layer.impl.do_kv_cache_update(layer, key, value, kv_cache, slots)
-        else:
-            with span("nwor.stage"):
-                staged_write.stage_write(name, layer, kv_cache, staging)(key, value, slots)
+        with span("nwor.stage"):
+            staged_write.stage_write(name, layer, kv_cache, staging)(key, value, slots)
     return key.new_empty(0)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,17 +78,18 @@ class RunnerHooks:
             return {}
         return {**self.window.metrics().model_dump(), "executions": ops.executions()}
 
-    def warm_up(self, others: Callable[[], None] | None = None) -> None:
+    def warm_up(self, others: Callable[[Window], None] | None = None) -> None:
         """Before the engine's warm-up, which may sample: capture the graphs of the commit, and
         compile what opens a window, which the first request with drafts would wait for.
 
-        others: see `Window.warm_up`.
+        others: calls more kernels, for this window; see `Window.warm_up`.
         """
         window = self.window
         if window is None:
             return
         start = time.perf_counter()
-        window.warm_up(steps=self._steps(window), others=others)
+        calls = None if others is None else partial(others, window)
+        window.warm_up(steps=self._steps(window), others=calls)
         log.info("NWOR warm-up: %.1f s", time.perf_counter() - start)
 
     def _steps(self, window: Window) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
     from nwor_compile.vllm_adapter.runner import RunnerHooks
+    from nwor_compile.window import Window
 else:
     _Worker = object
 
@@ -42,7 +43,7 @@ class StagingWorker(_Worker):
             return super().compile_or_warm_up_model()
         self._writer = self._open_metrics(hooks)
         try:
-            hooks.warm_up(lambda: self._call_kernels(hooks))
+            hooks.warm_up(self._call_kernels)
             result = super().compile_or_warm_up_model()
             hooks.warmed_up()
         except BaseException:
@@ -51,8 +52,8 @@ class StagingWorker(_Worker):
         self._show_metrics(hooks)
         return result
 
-    def _call_kernels(self, hooks: RunnerHooks) -> None:
-        """Call the kernels of the layers, to be compiled with the window's."""
+    def _call_kernels(self, window: Window) -> None:
+        """Call the kernels of the window's layers, to be compiled with its own."""
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """A window is committed in here."""

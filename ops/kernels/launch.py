@@ -135,8 +135,7 @@ def _compile_together(calls: Callable[[], None]) -> None:
             done = kernel.result(True) if hasattr(kernel, "result") else kernel
             if done is not None:
                 found[id(done)] = done, device
-        for _ in pool.map(lambda each: _load(*each), found.values()):
-            pass
+        list(pool.map(lambda each: _load(*each), found.values()))  # raises what a load raised
 
 
 def _load(kernel: Any, device: int) -> None:

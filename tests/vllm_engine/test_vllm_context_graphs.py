@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from graph_manager import CudaGraphManager
 
 pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
@@ -16,26 +16,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from nwor_compile.vllm_adapter.context_graphs import ContextGraphs
 
 pytestmark = pytest.mark.vllm
-
-
-class CudaGraphManager:
-    """As vLLM's in the names that are used; a graph is what `tokens` was while it was captured."""
-
-    def __init__(self, descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]) -> None:
-        self.graphs: dict[BatchExecutionDescriptor, int | None] = {}
-        self._capture_descs = descs
-        self.hidden_states: list[int] | None = None
-
-    def capture(self, model: Callable[[], int | None], *, fails: bool = False) -> None:
-        for desc in self._capture_descs.get(CUDAGraphMode.FULL, []):
-            self.graphs[desc] = model()
-        if self.hidden_states is None:
-            self.hidden_states = []
-        if fails:
-            raise RuntimeError("no memory")
-
-    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> int | None:
-        return self.graphs[desc]
 
 
 def desc(requests: int | None, tokens: int, mode: Any = CUDAGraphMode.FULL) -> Any:

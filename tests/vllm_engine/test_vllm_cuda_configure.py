@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from graph_manager import CudaGraphManager
 
 pytestmark = pytest.mark.vllm
 
@@ -301,12 +301,13 @@ def test_kernels_are_called_for_each_form_of_step_that_they_attend_in(
     impl.num_heads, impl.num_kv_heads, impl.head_size = 8, kv_heads, 16
     cache = torch.zeros(3, kv_heads, 4, 32, dtype=torch.bfloat16)
     tables = torch.zeros(requests, 5, dtype=torch.int32)
-    impl.call_kernels(cache, tables, requests, drafts)
+    sizes = [size for size in (1, 2, 4, 8) if size < requests]
+    impl.call_kernels(cache, tables, [*sizes, requests], drafts)
     assert found == wanted
 
 
 def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nwor_compile.vllm_adapter import layer_calls, ops
+    from nwor_compile.vllm_adapter import layer_calls
     from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
     from nwor_compile.vllm_adapter.cuda_worker import NworGPUWorker
 
@@ -330,38 +331,21 @@ def test_a_worker_calls_its_layers_kernels_for_the_window(monkeypatch: pytest.Mo
         "with a window": layer(8, cache, "stock"),
     }
     staging = {name: SimpleNamespace(block_table=f"table of {name}") for name in layers}
-    monkeypatch.setattr(ops, "_layers", staging)
     monkeypatch.setattr(layer_calls, "call_writes", lambda *given: calls.append(given))
     worker = object.__new__(NworGPUWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
     worker.vllm_config = SimpleNamespace(compilation_config=compilation)
-    worker._call_kernels(SimpleNamespace(sizes=(6, 4)))  # type: ignore[arg-type]
+    window = SimpleNamespace(layers=staging, sizes=[1, 6], max_drafts=4)
+    worker._call_kernels(window)  # type: ignore[arg-type]
     assert calls.pop(0) == (layers, staging)
     found = [(id(cache), *rest) for cache, *rest in calls]
     assert found == [
-        (id(cache), "table of first", 6, 4),
-        (id(cache), "table of wider", 6, 4),
-        (id(longer), "table of of another group", 6, 4),
-        (id(turned), "table of of other strides", 6, 4),
-        (id(cache), "table of with a window", 6, 4),
+        (id(cache), "table of first", [1, 6], 4),
+        (id(cache), "table of wider", [1, 6], 4),
+        (id(longer), "table of of another group", [1, 6], 4),
+        (id(turned), "table of of other strides", [1, 6], 4),
+        (id(cache), "table of with a window", [1, 6], 4),
     ]
-
-
-class CudaGraphManager:
-    """As vLLM's in the names that are used; a graph is what `run` gave while it was captured."""
-
-    def __init__(self, full: list[Any], run: Callable[[], Any]) -> None:
-        from vllm.config.compilation import CUDAGraphMode
-
-        self.graphs: dict[Any, Any] = {}
-        self._capture_descs, self.run = {CUDAGraphMode.FULL: full}, run
-
-    def capture(self) -> None:
-        for descs in self._capture_descs.values():
-            self.graphs |= {desc: self.run() for desc in descs}
-
-    def run_fullgraph(self, desc: Any) -> Any:
-        return self.graphs[desc]
 
 
 class TestSchedules:
@@ -532,9 +516,9 @@ class TestSchedules:
         target._longest = 10000
         builder = self.builder(target, self.layer(None))
         desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=15, num_reqs=3)
-        manager = CudaGraphManager([desc], lambda: self.captured(builder, built))
+        manager = CudaGraphManager({CUDAGraphMode.FULL: [desc]})
         contexts.attach(manager)
-        manager.capture()
+        manager.capture(lambda: self.captured(builder, built))
         self.captured(builder, built)  # the drafter's
         for tokens in (None, 30000, 32769):
             contexts.tokens = tokens

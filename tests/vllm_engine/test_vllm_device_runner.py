@@ -169,15 +169,16 @@ def held(rig: Any) -> list[list[float]]:
 
 
 def test_a_step_after_warm_up_is_as_without(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, others, warm_up = [], object(), rig.hooks.window.warm_up
+    given: list[Any] = []
+    warm_up = rig.hooks.window.warm_up
 
     def noted(**more: Any) -> None:
-        given.append(more["others"])
+        more["others"]()
         warm_up(**more)
 
     monkeypatch.setattr(rig.hooks.window, "warm_up", noted)
-    rig.hooks.warm_up(others)
-    assert given == [others]
+    rig.hooks.warm_up(given.append)
+    assert given == [rig.hooks.window]
     counters = rig.hooks.window.tensors.counters
     assert not counters.any()
     test_a_step_commits_what_was_accepted_and_hands_the_counts_on(rig)

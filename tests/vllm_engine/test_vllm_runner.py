@@ -273,15 +273,16 @@ def test_warm_up_opens_windows_of_every_size_and_leaves_no_trace() -> None:
         begin(**step)
 
     window.begin = noted
-    given, others, warm_up = [], object(), window.warm_up
+    given: list[Any] = []
+    warm_up = window.warm_up
 
     def warmed(**more: Any) -> None:
-        given.append(more["others"])
+        more["others"]()
         warm_up(**more)
 
     window.warm_up = warmed
-    hooks.warm_up(others)
-    assert given == [others]
+    hooks.warm_up(given.append)
+    assert given == [window]
     assert set(sizes) == {1, 2, 4}
     assert window.state is State.IDLE
     assert set(window.tensors.counters.tolist()) == {3}
