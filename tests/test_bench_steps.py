@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from nwor_compile.bench import steps_meter
 from nwor_compile.bench.engine_process import EngineError
 from nwor_compile.bench.engine_rows import NworFigures
 from nwor_compile.bench.steps import engine_environment, make_plan, write
-from nwor_compile.bench.steps_engine import StepsWorker
+from nwor_compile.bench.steps_engine import StepsWorker, _bind_this_thread
 from nwor_compile.bench.steps_points import (
     Configuration,
     Mode,
@@ -606,6 +608,15 @@ def test_steps_of_another_shape_are_no_measurement() -> None:
         worker._steady(spans[:3], 2, warm=1, steps=3, preempted=0)
     with pytest.raises(RuntimeError, match="1 preemptions"):
         worker._steady(spans, 2, warm=1, steps=2, preempted=1)
+
+
+def test_the_stepping_thread_and_no_other_is_bound_to_a_core() -> None:
+    before = os.sched_getaffinity(0)
+    with ThreadPoolExecutor(1) as thread:
+        core = thread.submit(_bind_this_thread).result()
+        bound = thread.submit(os.sched_getaffinity, 0).result()
+    assert bound == {core} == {max(before)}
+    assert os.sched_getaffinity(0) == before
 
 
 def test_prompts_share_no_beginning_and_are_those_of_every_engine() -> None:

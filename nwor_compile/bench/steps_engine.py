@@ -12,6 +12,9 @@ Commands and answers are those of `engine_worker.serve`:
 The engine is stepped here, not by `LLM.generate`: a point's requests are put into the scheduler
 with prompts that are in the prefix cache, decode together, and are aborted after the window. So
 each window begins at the same context. VLLM_CACHE_ROOT must be set: it says what was compiled.
+
+On a GPU the thread that steps is bound to the last core allowed, which all engines of a run share:
+they take turns, and a neighbour who slows this core then slows them alike.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class StepsWorker:
         self.verify_tokens = 1 + arguments["speculative_config"]["num_speculative_tokens"]
         self.llm = self.vllm.LLM(**arguments)
         seconds = time.perf_counter() - imported
+        core = None if platform.is_cpu() else _bind_this_thread()
         config = self.llm.llm_engine.vllm_config
         self.longest = config.model_config.max_model_len
         return EngineReport(
@@ -83,6 +87,7 @@ class StepsWorker:
             inductor_partition=bool(config.compilation_config.use_inductor_graph_partition),
             blocks=config.cache_config.num_gpu_blocks,
             block_size=config.cache_config.block_size,
+            core=core,
             notes=notes,
             **self.llm.collective_rpc(steps_meter.install)[0],
         ).model_dump()
@@ -225,6 +230,14 @@ class StepsWorker:
         if self.folder is not None:
             self.folder.cleanup()
         return {}
+
+
+def _bind_this_thread() -> int:
+    """Bind the calling thread, and no other, to the last core allowed; its number. Threads that it
+    starts later inherit this, so an engine must be up."""
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    return core
 
 
 def _final_only() -> Any:

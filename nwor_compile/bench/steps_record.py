@@ -67,7 +67,8 @@ class EngineReport(BaseModel):
     """One engine: how it started, or why it did not.
 
     beside: engines that started at the same time. cold: nothing of it had been compiled before.
-    memory_bytes: what torch holds on the first GPU.
+    memory_bytes: what torch holds on the first GPU. core: the one that its steps are taken on, if
+    they are bound to one.
     """
 
     configuration: str = ""
@@ -91,6 +92,7 @@ class EngineReport(BaseModel):
     kv_bytes: int | None = None  # what it was given; None: vLLM found out what is free
     staging_bytes: int | None = None
     memory_bytes: int | None = None
+    core: int | None = None
     notes: list[str] = []
 
 

@@ -13,6 +13,10 @@ made for such a step: many of them wait for the host. Graphs of the target with 
 graphs of a drafter for steps that may have it, are captured without a schedule, and a drafter's
 layer makes its own as it runs. Where contexts decide, the graph with FlashAttention's kernel is
 captured with a schedule, and its steps get one. A step of another shape always does.
+
+A drafter of one layer gets none in its further passes either, which have a builder of their own: a
+schedule serves many layers, and one layer makes its own in less time than three launches take the
+host. So vLLM has it on its V1 runner (`build_for_drafting`).
 """
 
 from __future__ import annotations
@@ -232,7 +236,11 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         """A step's metadata. fast_build: vLLM's name for metadata without a schedule."""
         step = common_attn_metadata
-        without = fast_build or (_shape(step) in self._unscheduled and self._all_fused(step))
+        without = (
+            fast_build
+            or self._one_drafter
+            or (_shape(step) in self._unscheduled and self._all_fused(step))
+        )
         return super().build(common_prefix_len, step, without)
 
     def _may_go_without(self, step: Any) -> bool:
@@ -247,6 +255,13 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _all_fused(self, step: Any) -> bool:
         return all(each.prefers_fused(step.num_reqs, step.max_query_len) for each in self._target)
+
+    @functools.cached_property
+    def _one_drafter(self) -> bool:
+        """Whether this builder is for one layer alone, and that a drafter's."""
+        context = self.compilation_config.static_forward_context
+        impls = [getattr(context[name], "impl", None) for name in self.layer_names]
+        return len(impls) == 1 and isinstance(impls[0], NworFlashImpl) and not impls[0].chosen
 
     @functools.cached_property
     def _target(self) -> list[NworFlashImpl]:

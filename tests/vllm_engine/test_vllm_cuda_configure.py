@@ -460,9 +460,19 @@ class TestSchedules:
 
     def test_layers_that_need_one(self, built: list[bool]) -> None:
         drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
-        for layers in ([drafter], [fused, stock, drafter], [object()], [fused, object(), drafter]):
+        several = [drafter, drafter], [fused, stock, drafter], [object()], [fused, object(), drafter]
+        for layers in (*several, [stock]):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
-        assert built == [False] * 4
+        assert built == [False] * 5
+
+    def test_a_drafter_of_one_layer_never_has_one(self, built: list[bool]) -> None:
+        builder = self.builder(self.layer(None))
+        builder.aot_sliding_window = None
+        builder.build_for_cudagraph_capture(self.step(9, 1))
+        builder.build(0, self.step(9, 1))
+        builder.build_for_cudagraph_capture(self.step(300, 5))
+        builder.build(0, self.step(7, 33, causal=False))
+        assert built == [True] * 4
 
     @pytest.mark.parametrize("drafter_first", [False, True])
     def test_where_contexts_decide_long_ones_have_one(
