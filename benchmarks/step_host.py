@@ -2,9 +2,9 @@
 
     python benchmarks/step_host.py --config 1b --point 1x512 --output DIR --json FILE
 
-Engines are those of `nwor bench steps` (dummy weights, synthetic acceptance, one process each), one
-after the other. Windows of steps are timed first without the timers, then with them. A timer takes
-part of a microsecond, and calls nest: `step` holds all others.
+Engines are those of `nwor bench steps` (dummy weights, synthetic acceptance, one process each), and
+like there they take turns, window by window. Windows are timed first without the timers, then with
+them. A timer takes part of a microsecond, and calls nest: `step` holds all others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
 
 from nwor_compile.bench import steps_engine
 from nwor_compile.bench.engine_process import EngineProcess
@@ -34,7 +38,7 @@ from nwor_compile.bench.steps_points import (
 from nwor_compile.bench.steps_run import GIB, Plan
 from nwor_compile.ops.kernels.launch import KeptLaunch
 
-WINDOWS = 5
+WINDOWS = 9
 KV_BYTES = 10 * GIB
 RUNNER = (
     "execute_model", "prepare_inputs", "prepare_attn", "_model_forward", "sample_tokens", "sample",
@@ -44,13 +48,25 @@ WINDOW = ("begin_recorded", "begin", "commit", "pass_through")
 
 
 class Timed(BaseModel):
-    """Of one engine. step_ms: of each window without timers; us_a_step: with them, by call."""
+    """Of one engine. step_ms, timed_step_ms: of each window, without timers and with them;
+    us_a_step: of each such window, by call, of which `median` makes one figure."""
 
     mode: str
-    step_ms: list[float]
-    timed_step_ms: float
-    us_a_step: dict[str, float]
-    calls_a_step: dict[str, float]
+    step_ms: list[float] = []
+    timed_step_ms: list[float] = []
+    us_a_step: dict[str, list[float]] = {}
+    calls_a_step: dict[str, float] = {}
+
+    def add(self, step_ms: float, read: dict[str, Any]) -> None:
+        """A window with timers. read: what they found."""
+        self.timed_step_ms.append(step_ms)
+        for name, microseconds in read["us_a_step"].items():
+            self.us_a_step.setdefault(name, []).append(microseconds)
+        self.calls_a_step = read["calls_a_step"]
+
+    def median(self, name: str) -> float:
+        """Microseconds a step."""
+        return statistics.median(self.us_a_step[name])
 
 
 class Record(BaseModel):
@@ -92,9 +108,21 @@ class Timers:
 
         setattr(owner, name, timed)
 
+    def read(self) -> dict[str, Any]:
+        """Microseconds and calls a step since the last reading."""
+        steps = max(1, self.calls["step"])
+        found = {
+            "us_a_step": {name: 1e6 * value / steps for name, value in self.seconds.items()},
+            "calls_a_step": {name: value / steps for name, value in self.calls.items()},
+        }
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.calls = dict.fromkeys(self.calls, 0)
+        return found
+
 
 class HostWorker(steps_engine.StepsWorker):
-    """`StepsWorker` with timers, from `set_timers` on; `read_timers` says what they found."""
+    """`StepsWorker` with timers, from `set_timers` on; `read_timers` says what they found since the
+    last reading."""
 
     timers: Timers | None = None
 
@@ -122,41 +150,70 @@ class HostWorker(steps_engine.StepsWorker):
         return {}
 
     def read_timers(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Microseconds and calls a step, since the timers were set."""
+        """See `Timers.read`."""
         if self.timers is None:
             raise RuntimeError("read_timers: expected set_timers first")
-        steps = max(1, self.timers.calls["step"])
-        return {
-            "us_a_step": {k: 1e6 * v / steps for k, v in self.timers.seconds.items()},
-            "calls_a_step": {k: v / steps for k, v in self.timers.calls.items()},
-        }
+        return self.timers.read()
 
 
-def timed(plan: Plan, mode: Mode, folder: Path, timeout: float) -> tuple[Timed, dict[str, Any]]:
-    """Start one engine and time it; its figures, and what it said of itself."""
-    ((configuration, (point,)),) = plan.points.items()
+def launch(plan: Plan, mode: Mode, folder: Path, timeout: float) -> EngineProcess:
+    """The process of one engine."""
+    (configuration,) = plan.points
     name = f"{configuration.label}-{mode.label}".replace(":", "_").replace("=", "_")
-    environment = engine_environment(folder / "cache" / name)
     command = (sys.executable, "-u", __file__, "--engine")
-    engine = EngineProcess(folder / f"{name}.log", environment, timeout, command)
-    where = {"batch": point.batch, "context": point.context}
-    window = {**where, "warm": plan.warm, "steps": plan.steps, "profile": False}
-    try:
-        about = engine.ask(
-            "start", model=configuration.hf_config(head=False),
-            head=configuration.hf_config(head=True), staged=mode.staged,
-            llm=plan.llm(configuration, mode, None if gpu_memory() is None else KV_BYTES),
+    environment = engine_environment(folder / "cache" / name)
+    return EngineProcess(folder / f"{name}.log", environment, timeout, command)
+
+
+def start(plan: Plan, mode: Mode, process: EngineProcess) -> dict[str, Any]:
+    """Start its engine and fill the prefix cache; what the engine says of itself."""
+    ((configuration, (point,)),) = plan.points.items()
+    about = process.ask(
+        "start", model=configuration.hf_config(head=False),
+        head=configuration.hf_config(head=True), staged=mode.staged,
+        llm=plan.llm(configuration, mode, None if gpu_memory() is None else KV_BYTES),
+    )  # fmt: skip
+    process.ask("fill", batch=point.batch, context=point.context)
+    return about
+
+
+def measure(plan: Plan, engines: dict[str, EngineProcess]) -> list[Timed]:
+    """Windows of all engines in turns: one that does not count, then without timers, then with."""
+    ((_, (point,)),) = plan.points.items()
+    found = {name: Timed(mode=name) for name in engines}
+
+    def window(name: str) -> float:
+        answer = engines[name].ask(
+            "window", batch=point.batch, context=point.context, warm=plan.warm, steps=plan.steps,
+            profile=False,
         )  # fmt: skip
-        engine.ask("fill", **where)
-        engine.ask("window", **window)
-        step_ms = [engine.ask("window", **window)["step_ms"] for _ in range(WINDOWS)]
+        return float(answer["step_ms"])
+
+    for name in engines:
+        window(name)
+    for repeat in range(WINDOWS):
+        for name in plan.order(repeat, list(engines)):
+            found[name].step_ms.append(window(name))
+    for engine in engines.values():
         engine.ask("set_timers")
-        with_timers = engine.ask("window", **window)["step_ms"]
-        read = engine.ask("read_timers")
-    finally:
-        engine.close()
-    found = Timed(mode=mode.label, step_ms=step_ms, timed_step_ms=with_timers, **read)
-    return found, about
+    for repeat in range(WINDOWS):
+        for name in plan.order(repeat, list(engines)):
+            found[name].add(window(name), engines[name].ask("read_timers"))
+    return list(found.values())
+
+
+def show(engines: list[Timed]) -> None:
+    """A table of medians: a row a call, a column an engine."""
+    title = "us a step: medians of windows, and calls a step"
+    shown = Table("", *(engine.mode for engine in engines), title=title)
+    shown.add_row("without timers", *(f"{1e3 * statistics.median(e.step_ms):.1f}" for e in engines))
+    for name in dict.fromkeys(name for engine in engines for name in engine.us_a_step):
+        cells = [
+            f"{e.median(name):.1f}  ({e.calls_a_step[name]:.2f})" if name in e.us_a_step else ""
+            for e in engines
+        ]
+        shown.add_row(name, *cells)
+    Console().print(shown)
 
 
 def main(
@@ -175,13 +232,13 @@ def main(
         return
     chosen = unique(modes, parse_mode)
     plan = Plan(chosen, {parse_configuration(config): [parse_point(point)]}, steps=steps)
-    found, about = [], {}
-    for mode in chosen:
-        one, about = timed(plan, mode, output, timeout)
-        found.append(one)
-        print(f"{mode.label}: {statistics.median(one.step_ms):.3f} ms a step")
-        for name, microseconds in one.us_a_step.items():
-            print(f"  {name:24s} {microseconds:9.1f} us, {one.calls_a_step[name]:.2f} calls a step")
+    with ExitStack() as stack, ThreadPoolExecutor(len(chosen)) as threads:
+        engines = {mode.label: launch(plan, mode, output, timeout) for mode in chosen}
+        for process in engines.values():
+            stack.callback(process.close)
+        about, *_ = threads.map(lambda mode: start(plan, mode, engines[mode.label]), chosen)
+        found = measure(plan, engines)
+    show(found)
     record = Record(
         command=f"python benchmarks/step_host.py --config {config} --point {point} "
         f"--modes {modes} --steps {steps} --json FILE",

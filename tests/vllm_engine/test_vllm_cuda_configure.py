@@ -460,7 +460,12 @@ class TestSchedules:
 
     def test_layers_that_need_one(self, built: list[bool]) -> None:
         drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
-        several = [drafter, drafter], [fused, stock, drafter], [object()], [fused, object(), drafter]
+        several = (
+            [drafter, drafter],
+            [fused, stock, drafter],
+            [object()],
+            [fused, object(), drafter],
+        )
         for layers in (*several, [stock]):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
         assert built == [False] * 5
