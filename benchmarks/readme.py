@@ -363,13 +363,15 @@ def _engine_row(result: EngineResult, summary: Summary, speed: Sequence[str]) ->
 
 def steps_block() -> str:
     """Decode steps of vLLM engines on a GPU, stock against staged, and how many cases are equal."""
-    texts, shown = [], set()
+    texts, shown, settled = [], set(), set()
     for path in reversed(every("vllm-gpu-steps")):
         record = Record.model_validate_json(path.read_text())
-        new = [row for row in record.rows if row.key not in shown]
+        fresh = (row for row in record.rows if row.key not in settled)
+        new = [row for row in fresh if row.status != "void" or row.key not in shown]
         if not new:
             continue
-        shown.update(row.key for row in new if row.status != "void")
+        shown.update(row.key for row in new)
+        settled.update(row.key for row in new if row.status != "void")
         table = tables(record.model_copy(update={"rows": new}))[0]
         kept = [i for i, n in enumerate(table.head) if n not in ("spread", "wall", "tokens/s")]
         rows = [[row[index] for index in kept] for row in table.rows]
@@ -409,10 +411,10 @@ def _varied_steps() -> str:
     found: dict[str, dict[str, str]] = {}
     for path in paths:
         for row in Record.model_validate_json(path.read_text()).rows:
-            (ratios,) = row.ratios.values()
+            ((mode, ratios),) = row.ratios.items()
             graphs = {n for windows in row.windows.values() for w in windows for n in w.graphs}
             step = ratios["step_ms"]
-            cell = str(step) if row.status == "ok" else f"{row.status} ({step.ratio:.3f})"
+            cell = str(step) if row.status == "ok" else f"{row.status}: {row.middle(mode)}"
             cell += "" if graphs == {"FULL"} else ", no graph"
             cells = found.setdefault(row.configuration, {})
             point = f"{row.batch}x{row.context}"
@@ -427,8 +429,8 @@ def _varied_steps() -> str:
     return (
         "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B and 8B dims), "
         "and points of the grid that were not run then, stock "
-        "/ stage at requests x tokens; void: pairs of windows differ by more than 3 % (of several "
-        f"runs the last that is not; {names}):"
+        "/ stage at requests x tokens; void: pairs of windows differ by more than 3 %, and the "
+        f"figure is the middle pair's (of several runs the last that is not void; {names}):"
         f"\n\n{_table(['configuration', *points], rows)}"
     )
 

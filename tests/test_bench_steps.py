@@ -34,7 +34,7 @@ from nwor_compile.bench.steps_points import (
 from nwor_compile.bench.steps_record import Profile, Row, RowFile
 from nwor_compile.bench.steps_run import GIB, Run
 from nwor_compile.bench.steps_screen import markdown
-from nwor_compile.bench.steps_stats import Ratio, student
+from nwor_compile.bench.steps_stats import Middle, Ratio, student
 from nwor_compile.cli import app
 from nwor_compile.errors import ConfigError
 
@@ -228,6 +228,19 @@ def test_a_ratio_needs_two_pairs() -> None:
         Ratio.of([1.0, 1.0], [1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize(("pairs", "cut"), [(6, 0), (8, 0), (9, 1), (20, 5), (40, 13)])
+def test_the_middle_pair_has_the_sign_tests_interval(pairs: int, cut: int) -> None:
+    middle = Middle.of([float(pairs - index) for index in range(pairs)], [1.0] * pairs)
+    assert middle == Middle((1 + pairs) / 2, 1 + cut, pairs - cut, pairs)
+    assert str(middle) == f"{(1 + pairs) / 2:.3f} [{1 + cut:.3f}, {pairs - cut:.3f}]"
+
+
+def test_few_pairs_have_a_middle_and_no_interval() -> None:
+    middle = Middle.of([2.0] * 5, [1.0, 0.1, 4.0, 1.0, 1.0])
+    assert str(middle) == "2.000"
+    assert (middle.low, middle.high, middle.pairs) == (None, None, 5)
+
+
 @pytest.mark.parametrize(("freedom", "point"), [(1, 12.706), (4, 2.776), (30, 2.042), (100, 1.984)])
 def test_students_points(freedom: int, point: float) -> None:
     assert student(freedom) == pytest.approx(point, abs=2e-3)
@@ -278,6 +291,12 @@ def test_a_void_point_is_measured_again_so_often_and_then_printed_as_void(tmp_pa
     assert len(harness.windows("1x512")) == 2 + 3 * 6  # two warm up
     assert sum("again" in line for line in harness.said) == 2
     assert row.ratios["stage"]["step_ms"].spread == pytest.approx(0.1)
+    # The pairs of all attempts are there: the middle one says what the outliers hide.
+    assert [len(windows) for windows in row.windows.values()] == [9, 9]
+    slow, quick = 4.0 / (3.8 * 1.1), 4.0 / 3.8
+    middle = f"{quick:.3f} [{slow:.3f}, {quick:.3f}]"  # of 5 quick ones and 4 slow
+    text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
+    assert f"void: stage: pairs differ by 10.0%; middle pair: stage {middle}" in text
 
 
 def test_a_point_that_settles_counts_by_its_last_attempt(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from nwor_compile.bench.engine_rows import NworFigures
 from nwor_compile.bench.record import Machine
 from nwor_compile.bench.steps_points import Configuration, Point
-from nwor_compile.bench.steps_stats import Ratio
+from nwor_compile.bench.steps_stats import Middle, Ratio
 from nwor_compile.errors import ConfigError
 
 # Pairs that differ by more than this say nothing about a difference of a few percent.
@@ -99,8 +99,9 @@ class EngineReport(BaseModel):
 class Row(BaseModel):
     """One point: windows by mode, and for each mode but the first its ratios to the first.
 
-    status: `void` where pairs differ by more than WIDEST after all attempts; `memory` where it does
-    not fit; `failed` where an engine could not measure it.
+    status: `void` where pairs differ by more than WIDEST after all attempts, and then it has the
+    pairs of all of them; `memory` where it does not fit; `failed` where an engine could not measure
+    it.
     interleaved: engines took turns, window by window.
     """
 
@@ -121,6 +122,11 @@ class Row(BaseModel):
     def key(self) -> tuple[str, Point]:
         """Its place in the plan."""
         return self.configuration, Point(self.batch, self.context)
+
+    def middle(self, mode: str) -> Middle:
+        """The middle pair's step, first mode over this one."""
+        steps = {name: [window.step_ms for window in found] for name, found in self.windows.items()}
+        return Middle.of(next(iter(steps.values())), steps[mode])
 
 
 def conclude(row: Row) -> Row:

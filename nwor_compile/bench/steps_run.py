@@ -261,17 +261,19 @@ class Run:
             for name, engine in engines.items():
                 row.fill_seconds[name] = engine.ask("fill", **_where(point))["seconds"]
                 self._window(engine, point)  # not measured
+            tried: dict[str, list[Window]] = {name: [] for name in engines}
             while row.attempts < self.plan.attempts:
                 if row.attempts:
                     self.say(f"{_title(row)}: void ({row.reason}), again")
                     self._check_time()
                 row.attempts += 1
-                row.windows = {name: [] for name in engines}
-                for repeat in range(self.plan.repeats):
-                    for name in self.plan.order(repeat, list(engines)):
-                        row.windows[name].append(self._measured(name, engines[name], point))
+                row.windows = self._turns(point, engines)
                 if conclude(row).status == "ok":
                     break
+                for name, windows in row.windows.items():
+                    tried[name] += windows
+                row.windows = tried
+                conclude(row)
         except EngineError as error:
             if not error.kind:
                 raise EngineLost(str(error)) from error
@@ -281,6 +283,14 @@ class Run:
             self._add(row)
             raise
         self._add(row)
+
+    def _turns(self, point: Point, engines: dict[str, Engine]) -> dict[str, list[Window]]:
+        """Windows of all engines, in turns."""
+        found: dict[str, list[Window]] = {name: [] for name in engines}
+        for repeat in range(self.plan.repeats):
+            for name in self.plan.order(repeat, list(engines)):
+                found[name].append(self._measured(name, engines[name], point))
+        return found
 
     def _profile(
         self, configuration: Configuration, point: Point, engines: dict[str, Engine]

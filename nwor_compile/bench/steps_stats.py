@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
@@ -52,4 +53,34 @@ class Ratio(BaseModel):
         )  # fmt: skip
 
     def __str__(self) -> str:
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The middle pair's ratio, for pairs among which some are far off: they do not move it.
+
+    low, high: its interval of at least 95 %, whatever the ratios' distribution, from one pair to
+    another (the sign test's; David and Nagaraja, Order Statistics, 3rd ed., 7.1). None with fewer
+    than 6 pairs, for which there is none.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+    @classmethod
+    def of(cls, baseline: Sequence[float], mode: Sequence[float]) -> Middle:
+        """Positive numbers, in pairs."""
+        ratios = sorted(a / b for a, b in zip(baseline, mode, strict=True))
+        pairs, outside, cut = len(ratios), 0.0, -1
+        while (outside := outside + math.comb(pairs, cut + 1) / 2**pairs) <= 0.025:
+            cut += 1
+        low, high = (None, None) if cut < 0 else (ratios[cut], ratios[-1 - cut])
+        return cls(ratio=statistics.median(ratios), low=low, high=high, pairs=pairs)
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.ratio:.3f}"
         return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"

@@ -16,7 +16,7 @@ captured with a schedule, and its steps get one. A step of another shape always 
 
 A drafter of one layer gets none in its further passes either, which have a builder of their own: a
 schedule serves many layers, and one layer makes its own in less time than three launches take the
-host. So vLLM has it on its V1 runner (`build_for_drafting`).
+host. vLLM has it so on its V1 runner (`build_for_drafting`).
 """
 
 from __future__ import annotations
@@ -258,10 +258,15 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     @functools.cached_property
     def _one_drafter(self) -> bool:
-        """Whether this builder is for one layer alone, and that a drafter's."""
+        """Whether this builder is for one layer alone, a drafter's, with the heads that schedules
+        are made for: those of the target, so to another layer they are wrong, and its drafts are
+        others than those of an engine that has them."""
         context = self.compilation_config.static_forward_context
         impls = [getattr(context[name], "impl", None) for name in self.layer_names]
-        return len(impls) == 1 and isinstance(impls[0], NworFlashImpl) and not impls[0].chosen
+        if len(impls) != 1 or not isinstance(impls[0], NworFlashImpl) or impls[0].chosen:
+            return False
+        heads = impls[0].num_heads, impls[0].num_kv_heads, impls[0].head_size
+        return heads == (self.num_heads_q, self.num_heads_kv, self.headdim)
 
     @functools.cached_property
     def _target(self) -> list[NworFlashImpl]:

@@ -380,6 +380,7 @@ class TestSchedules:
         return NworFlashMetadataBuilder(
             layer_names=list(context), rswa_window=None, aot_sliding_window=(-1, -1),
             compilation_config=SimpleNamespace(static_forward_context=context),
+            num_heads_q=8, num_heads_kv=4, headdim=64,
         )  # fmt: skip
 
     @staticmethod
@@ -388,7 +389,7 @@ class TestSchedules:
         from nwor_compile.vllm_adapter.cuda_backend import NworFlashImpl
 
         impl = object.__new__(NworFlashImpl)
-        impl.num_heads, impl.num_kv_heads, impl._longest = 8, kv_heads, 1 << 20
+        impl.num_heads, impl.num_kv_heads, impl.head_size, impl._longest = 8, kv_heads, 64, 1 << 20
         if attention is not None:
             impl.chosen, impl.attention, impl._contexts = True, attention, contexts  # type: ignore[assignment]
         return impl
@@ -460,13 +461,8 @@ class TestSchedules:
 
     def test_layers_that_need_one(self, built: list[bool]) -> None:
         drafter, stock, fused = self.layer(None), self.layer("stock"), self.layer("auto")
-        several = (
-            [drafter, drafter],
-            [fused, stock, drafter],
-            [object()],
-            [fused, object(), drafter],
-        )
-        for layers in (*several, [stock]):
+        mixed = [fused, stock, drafter], [fused, object(), drafter]
+        for layers in ([stock], [object()], [drafter, drafter], *mixed):
             self.builder(*layers).build_for_cudagraph_capture(self.step(1, 5))
         assert built == [False] * 5
 
@@ -478,6 +474,15 @@ class TestSchedules:
         builder.build_for_cudagraph_capture(self.step(300, 5))
         builder.build(0, self.step(7, 33, causal=False))
         assert built == [True] * 4
+
+    @pytest.mark.parametrize("other", [{"num_heads": 4}, {"num_kv_heads": 8}, {"head_size": 32}])
+    def test_a_drafter_of_other_heads_keeps_the_one_that_vllm_makes_for_the_targets(
+        self, other: dict[str, int], built: list[bool]
+    ) -> None:
+        drafter = self.layer(None)
+        vars(drafter).update(other)
+        self.builder(drafter).build(0, self.step(9, 1))
+        assert built == [False]
 
     @pytest.mark.parametrize("drafter_first", [False, True])
     def test_where_contexts_decide_long_ones_have_one(
