@@ -398,7 +398,9 @@ def draw_steps(path: Path) -> None:
     draw(records[-1].model_copy(update={"rows": list(rows.values())}), path)
 
 
-# Where two have the same point, the later run's is shown, but no void in the place of a figure.
+# Where two have the same point, the later run's is shown, but no void of few pairs in the place of
+# a figure.
+ENOUGH_PAIRS = 20
 VARIED_STEPS = (
     "vllm-gpu-acceptance-steps", "vllm-gpu-varied-steps", "vllm-gpu-ranks-steps",
     "vllm-gpu-dims-steps", "vllm-gpu-host-steps", "vllm-gpu-large-steps",
@@ -418,7 +420,8 @@ def _varied_steps() -> str:
             cell += "" if graphs == {"FULL"} else ", no graph"
             cells = found.setdefault(row.configuration, {})
             point = f"{row.batch}x{row.context}"
-            if row.status == "ok" or cells.get(point, "void").startswith("void"):
+            enough = row.status == "ok" or row.middle(mode).pairs >= ENOUGH_PAIRS
+            if enough or cells.get(point, "void").startswith("void"):
                 cells[point] = cell
     points = sorted(
         {point for cells in found.values() for point in cells},
@@ -430,7 +433,8 @@ def _varied_steps() -> str:
         "One thing otherwise (`k`, the acceptance length, an fp8 cache, two GPUs, 1B and 8B dims), "
         "and points of the grid that were not run then, stock "
         "/ stage at requests x tokens; void: pairs of windows differ by more than 3 %, and the "
-        f"figure is the middle pair's (of several runs the last that is not void; {names}):"
+        "figure is the middle pair's (of several runs the last, but no void of fewer than "
+        f"{ENOUGH_PAIRS} pairs in the place of another; {names}):"
         f"\n\n{_table(['configuration', *points], rows)}"
     )
 

@@ -49,8 +49,7 @@ WINDOW = ("begin_recorded", "begin", "commit", "pass_through")
 
 class Timed(BaseModel):
     """Of one engine. step_ms, timed_step_ms: of each window, without timers and with them;
-    us_a_step: of each such window, by call. A neighbour on the machine makes windows longer, never
-    shorter, so the least of them tell engines apart best."""
+    us_a_step: of each such window, by call."""
 
     mode: str
     step_ms: list[float] = []
@@ -201,7 +200,7 @@ def measure(plan: Plan, engines: dict[str, EngineProcess]) -> list[Timed]:
 
 def show(engines: list[Timed]) -> None:
     """A table: a row a call, a column an engine."""
-    title = "us a step: median and least of windows, calls a step"
+    title = "us a step, median of windows; calls a step"
     shown = Table("", *(engine.mode for engine in engines), title=title)
     shown.add_row("without timers", *(_cell([1e3 * ms for ms in e.step_ms]) for e in engines))
     for name in dict.fromkeys(name for engine in engines for name in engine.us_a_step):
@@ -214,7 +213,7 @@ def show(engines: list[Timed]) -> None:
 
 
 def _cell(microseconds: list[float]) -> str:
-    return f"{statistics.median(microseconds):.1f}, {min(microseconds):.1f}"
+    return f"{statistics.median(microseconds):.1f}"
 
 
 def main(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 from nwor_compile.bench import steps as command
-from nwor_compile.bench import steps_meter
+from nwor_compile.bench import steps_engine, steps_meter
 from nwor_compile.bench.engine_process import EngineError
 from nwor_compile.bench.engine_rows import NworFigures
 from nwor_compile.bench.steps import engine_environment, make_plan, write
-from nwor_compile.bench.steps_engine import StepsWorker, _bind_this_thread
+from nwor_compile.bench.steps_engine import StepsWorker
 from nwor_compile.bench.steps_points import (
     Configuration,
     Mode,
@@ -235,6 +236,13 @@ def test_the_middle_pair_has_the_sign_tests_interval(pairs: int, cut: int) -> No
     assert str(middle) == f"{(1 + pairs) / 2:.3f} [{1 + cut:.3f}, {pairs - cut:.3f}]"
 
 
+def test_the_middle_pair_is_one_of_pairs() -> None:
+    baseline, mode = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [7.0, 6.0, 5.0, 2.0, 4.0, 3.0, 1.0]
+    assert Middle.of(baseline, mode) == Middle(5 / 4, 1 / 7, 7.0, 7)
+    with pytest.raises(ValueError, match="zip"):
+        Middle.of(baseline, mode[:6])
+
+
 def test_few_pairs_have_a_middle_and_no_interval() -> None:
     middle = Middle.of([2.0] * 5, [1.0, 0.1, 4.0, 1.0, 1.0])
     assert str(middle) == "2.000"
@@ -296,7 +304,44 @@ def test_a_void_point_is_measured_again_so_often_and_then_printed_as_void(tmp_pa
     slow, quick = 4.0 / (3.8 * 1.1), 4.0 / 3.8
     middle = f"{quick:.3f} [{slow:.3f}, {quick:.3f}]"  # of 5 quick ones and 4 slow
     text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
-    assert f"void: stage: pairs differ by 10.0%; middle pair: stage {middle}" in text
+    assert f"void: stage: pairs differ by 10.0%; middle of 9 pairs: stage {middle}" in text
+
+
+def test_windows_of_engines_that_take_no_turns_are_no_pairs(tmp_path: Path) -> None:
+    harness = Noisy(tmp_path, points="1x512", repeats=8, one_at_a_time=True)
+    assert harness.run()["1x512"].status == "void"
+    text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
+    assert "void: stage: pairs differ by 10.0%; one engine at a time" in text
+
+
+class TwoNoisyModes(Noisy):
+    """Less and less noise, on which the wall's clock has no share."""
+
+    def override(
+        self, engine: FakeEngine, operation: str, arguments: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        if operation != "window" or engine.mode.label == "stock":
+            return None
+        noise = 1 + 0.6 / engine.windows if engine.windows % 2 else 1.0
+        step_ms = (3.8 if engine.mode.label == "stage" else 2.0) * noise
+        return {**window(step_ms, staged=10), "wall_ms": 5.0}
+
+
+def test_ratios_of_a_void_point_are_of_all_its_pairs(tmp_path: Path) -> None:
+    harness = TwoNoisyModes(
+        tmp_path, points="1x512", attempts=2, modes="stock,stage,stage:attention=stock"
+    )
+    row = harness.run()["1x512"]
+    assert [len(windows) for windows in row.windows.values()] == [6, 6, 6]
+    for mode, step_ms in (("stage", 3.8), ("stage:attention=stock", 2.0)):
+        assert row.ratios[mode]["step_ms"].pairs == 6
+        # The first measured window was the second of all: the third is the slowest.
+        assert row.ratios[mode]["step_ms"].spread == pytest.approx(0.6 / 3)
+        middle = row.middle(mode)
+        assert middle.ratio == pytest.approx(4.0 / step_ms * (1 + 1 / (1 + 0.6 / 7)) / 2)
+        assert (middle.high, middle.pairs) == (pytest.approx(4.0 / step_ms), 6)
+        text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
+        assert f"middle of 6 pairs: {mode} {middle}" in text
 
 
 def test_a_point_that_settles_counts_by_its_last_attempt(tmp_path: Path) -> None:
@@ -304,6 +349,7 @@ def test_a_point_that_settles_counts_by_its_last_attempt(tmp_path: Path) -> None
     harness.noise = 4  # the one that warms up, and the first attempt
     row = harness.run()["1x512"]
     assert (row.status, row.attempts, row.reason) == ("ok", 2, None)
+    assert [len(windows) for windows in row.windows.values()] == [3, 3]
     assert row.ratios["stage"]["step_ms"].spread < 1e-9
 
 
@@ -629,13 +675,59 @@ def test_steps_of_another_shape_are_no_measurement() -> None:
         worker._steady(spans, 2, warm=1, steps=2, preempted=1)
 
 
-def test_the_stepping_thread_and_no_other_is_bound_to_a_core() -> None:
+class FakeVllm(types.ModuleType):
+    """vLLM, in a thread of whose affinity it tells when its engine is made."""
+
+    __version__ = "0.0.0"
+
+    def __init__(self, *, cpu: bool) -> None:
+        super().__init__("vllm")
+        self.free_at_start: set[int] = set()
+        self.current_platform = types.SimpleNamespace(
+            is_cpu=lambda: cpu, get_device_name=lambda: "FAKE"
+        )
+
+    def LLM(self, **arguments: Any) -> Any:
+        self.free_at_start = os.sched_getaffinity(0)
+        ranks, like = arguments["tensor_parallel_size"], types.SimpleNamespace
+        config = like(
+            model_config=like(max_model_len=2048), parallel_config=like(worker_cls="a.Worker"),
+            compilation_config=like(cudagraph_mode="FULL", use_inductor_graph_partition=False),
+            scheduler_config=like(async_scheduling=True),
+            cache_config=like(num_gpu_blocks=100, block_size=16),
+        )  # fmt: skip
+        return like(
+            llm_engine=like(vllm_config=config),
+            collective_rpc=lambda _: [{"attention": []}] * ranks,
+        )
+
+
+@pytest.mark.parametrize(("cpu", "ranks"), [(False, 1), (True, 1), (False, 2)])
+def test_on_one_gpu_the_thread_that_steps_and_no_other_is_bound_once_its_engine_is_up(
+    cpu: bool, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = FakeVllm(cpu=cpu)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", vllm)
+    monkeypatch.setattr(steps_engine, "prepare_cpu", lambda *_: [])
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    configuration = Configuration(tp=ranks)
+    llm = {"speculative_config": {"num_speculative_tokens": 4}, "tensor_parallel_size": ranks}
+    command = {
+        "model": configuration.hf_config(head=False), "head": configuration.hf_config(head=True),
+        "llm": llm, "staged": False,
+    }  # fmt: skip
     before = os.sched_getaffinity(0)
+    worker = StepsWorker()
     with ThreadPoolExecutor(1) as thread:
-        core = thread.submit(_bind_this_thread).result()
-        bound = thread.submit(os.sched_getaffinity, 0).result()
-    assert bound == {core} == {max(before)}
-    assert os.sched_getaffinity(0) == before
+        answer = thread.submit(worker.start, command).result()
+        during = thread.submit(os.sched_getaffinity, 0).result()
+    assert answer["core"] == (max(before) if not cpu and ranks == 1 else None)
+    assert during == ({answer["core"]} if answer["core"] is not None else before)
+    assert os.sched_getaffinity(0) == vllm.free_at_start == before
+    assert answer["cold"]
+    worker.llm = None
+    worker.stop({})
 
 
 def test_prompts_share_no_beginning_and_are_those_of_every_engine() -> None:

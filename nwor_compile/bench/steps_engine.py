@@ -13,8 +13,9 @@ The engine is stepped here, not by `LLM.generate`: a point's requests are put in
 with prompts that are in the prefix cache, decode together, and are aborted after the window. So
 each window begins at the same context. VLLM_CACHE_ROOT must be set: it says what was compiled.
 
-On a GPU the thread that steps is bound to the last core allowed, which all engines of a run share:
-they take turns, and a neighbour who slows this core then slows them alike.
+On one GPU the thread that steps is bound to the last core allowed, which all engines of a run
+share: they take turns, and a neighbour who slows this core then slows them alike. With several
+GPUs steps are taken in processes of vLLM's, which are not bound.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class StepsWorker:
         self.verify_tokens = 1 + arguments["speculative_config"]["num_speculative_tokens"]
         self.llm = self.vllm.LLM(**arguments)
         seconds = time.perf_counter() - imported
-        core = None if platform.is_cpu() else _bind_this_thread()
+        alone = arguments["tensor_parallel_size"] == 1
+        core = _bind_this_thread() if alone and not platform.is_cpu() else None
         config = self.llm.llm_engine.vllm_config
         self.longest = config.model_config.max_model_len
         return EngineReport(

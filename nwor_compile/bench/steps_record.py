@@ -67,8 +67,8 @@ class EngineReport(BaseModel):
     """One engine: how it started, or why it did not.
 
     beside: engines that started at the same time. cold: nothing of it had been compiled before.
-    memory_bytes: what torch holds on the first GPU. core: the one that its steps are taken on, if
-    they are bound to one.
+    memory_bytes: what torch holds on the first GPU. core: the one that steps are taken on, if they
+    are bound to one.
     """
 
     configuration: str = ""
@@ -124,7 +124,8 @@ class Row(BaseModel):
         return self.configuration, Point(self.batch, self.context)
 
     def middle(self, mode: str) -> Middle:
-        """The middle pair's step, first mode over this one."""
+        """The middle pair's ratio of steps, first mode over this one. Windows of engines that did
+        not take turns are no pairs."""
         steps = {name: [window.step_ms for window in found] for name, found in self.windows.items()}
         return Middle.of(next(iter(steps.values())), steps[mode])
 

@@ -60,9 +60,9 @@ class Ratio(BaseModel):
 class Middle:
     """The middle pair's ratio, for pairs among which some are far off: they do not move it.
 
-    low, high: its interval of at least 95 %, whatever the ratios' distribution, from one pair to
-    another (the sign test's; David and Nagaraja, Order Statistics, 3rd ed., 7.1). None with fewer
-    than 6 pairs, for which there is none.
+    low, high: its interval of at least 95 %, from one pair to another, for pairs that are
+    independent, whatever their distribution (the sign test's; David and Nagaraja, Order Statistics,
+    3rd ed., 7.1). None with fewer than 6 pairs, for which there is none.
     """
 
     ratio: float
