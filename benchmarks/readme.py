@@ -415,12 +415,13 @@ def _varied_steps() -> str:
         for row in Record.model_validate_json(path.read_text()).rows:
             ((mode, ratios),) = row.ratios.items()
             graphs = {n for windows in row.windows.values() for w in windows for n in w.graphs}
-            step = ratios["step_ms"]
-            cell = str(step) if row.status == "ok" else f"{row.status}: {row.middle(mode)}"
+            middle = row.middle(mode)
+            void = "void" if middle is None else f"void: {middle}"
+            cell = str(ratios["step_ms"]) if row.status == "ok" else void
             cell += "" if graphs == {"FULL"} else ", no graph"
             cells = found.setdefault(row.configuration, {})
             point = f"{row.batch}x{row.context}"
-            enough = row.status == "ok" or row.middle(mode).pairs >= ENOUGH_PAIRS
+            enough = row.status == "ok" or (middle is not None and middle.pairs >= ENOUGH_PAIRS)
             if enough or cells.get(point, "void").startswith("void"):
                 cells[point] = cell
     points = sorted(

@@ -27,7 +27,7 @@ from rich.table import Table
 from nwor_compile.bench import steps_engine
 from nwor_compile.bench.engine_process import EngineProcess
 from nwor_compile.bench.record import Machine, this_machine
-from nwor_compile.bench.steps import engine_environment, gpu_memory
+from nwor_compile.bench.steps import gpu_memory, launch_engine
 from nwor_compile.bench.steps_points import (
     Mode,
     parse_configuration,
@@ -152,23 +152,11 @@ class HostWorker(steps_engine.StepsWorker):
         return self.timers.read()
 
 
-def launch(plan: Plan, mode: Mode, folder: Path, timeout: float) -> EngineProcess:
-    """The process of one engine."""
-    (configuration,) = plan.points
-    name = f"{configuration.label}-{mode.label}".replace(":", "_").replace("=", "_")
-    command = (sys.executable, "-u", __file__, "--engine")
-    environment = engine_environment(folder / "cache" / name)
-    return EngineProcess(folder / f"{name}.log", environment, timeout, command)
-
-
 def start(plan: Plan, mode: Mode, process: EngineProcess) -> dict[str, Any]:
     """Start its engine and fill the prefix cache; what the engine says of itself."""
     ((configuration, (point,)),) = plan.points.items()
-    about = process.ask(
-        "start", model=configuration.hf_config(head=False),
-        head=configuration.hf_config(head=True), staged=mode.staged,
-        llm=plan.llm(configuration, mode, None if gpu_memory() is None else KV_BYTES),
-    )  # fmt: skip
+    kv_bytes = None if gpu_memory() is None else KV_BYTES
+    about = process.ask("start", **plan.start(configuration, mode, kv_bytes))
     process.ask("fill", batch=point.batch, context=point.context)
     return about
 
@@ -187,14 +175,12 @@ def measure(plan: Plan, engines: dict[str, EngineProcess]) -> list[Timed]:
 
     for name in engines:
         window(name)
-    for repeat in range(WINDOWS):
-        for name in plan.order(repeat, list(engines)):
-            found[name].step_ms.append(window(name))
+    for name in plan.turns(engines):
+        found[name].step_ms.append(window(name))
     for engine in engines.values():
         engine.ask("set_timers")
-    for repeat in range(WINDOWS):
-        for name in plan.order(repeat, list(engines)):
-            found[name].add(window(name), engines[name].ask("read_timers"))
+    for name in plan.turns(engines):
+        found[name].add(window(name), engines[name].ask("read_timers"))
     return list(found.values())
 
 
@@ -231,9 +217,15 @@ def main(
         steps_engine.main(HostWorker())
         return
     chosen = unique(modes, parse_mode)
-    plan = Plan(chosen, {parse_configuration(config): [parse_point(point)]}, steps=steps)
+    configuration = parse_configuration(config)
+    points = {configuration: [parse_point(point)]}
+    plan = Plan(chosen, points, repeats=WINDOWS, steps=steps)
+    command = (sys.executable, "-u", __file__, "--engine")
     with ExitStack() as stack, ThreadPoolExecutor(len(chosen)) as threads:
-        engines = {mode.label: launch(plan, mode, output, timeout) for mode in chosen}
+        engines = {
+            mode.label: launch_engine(output, configuration, mode, timeout, command)
+            for mode in chosen
+        }
         for process in engines.values():
             stack.callback(process.close)
         about, *_ = threads.map(lambda mode: start(plan, mode, engines[mode.label]), chosen)

@@ -309,7 +309,9 @@ def test_a_void_point_is_measured_again_so_often_and_then_printed_as_void(tmp_pa
 
 def test_windows_of_engines_that_take_no_turns_are_no_pairs(tmp_path: Path) -> None:
     harness = Noisy(tmp_path, points="1x512", repeats=8, one_at_a_time=True)
-    assert harness.run()["1x512"].status == "void"
+    row = harness.run()["1x512"]
+    assert row.status == "void"
+    assert row.middle("stage") is None
     text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
     assert "void: stage: pairs differ by 10.0%; one engine at a time" in text
 
@@ -338,6 +340,7 @@ def test_ratios_of_a_void_point_are_of_all_its_pairs(tmp_path: Path) -> None:
         # The first measured window was the second of all: the third is the slowest.
         assert row.ratios[mode]["step_ms"].spread == pytest.approx(0.6 / 3)
         middle = row.middle(mode)
+        assert middle is not None
         assert middle.ratio == pytest.approx(4.0 / step_ms * (1 + 1 / (1 + 0.6 / 7)) / 2)
         assert (middle.high, middle.pairs) == (pytest.approx(4.0 / step_ms), 6)
         text = markdown(write(harness.rows, harness.plan, [], [], tmp_path))
@@ -676,7 +679,7 @@ def test_steps_of_another_shape_are_no_measurement() -> None:
 
 
 class FakeVllm(types.ModuleType):
-    """vLLM, in a thread of whose affinity it tells when its engine is made."""
+    """vLLM. free_at_start: cores allowed to the thread that makes its engine, as it does."""
 
     __version__ = "0.0.0"
 

@@ -48,10 +48,10 @@ class FakeProcess:
 
 
 def test_engines_take_turns_in_changing_order(
-    step_host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    step_host: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(step_host, "WINDOWS", 3)
-    plan = Plan([parse_mode("stock"), parse_mode("stage")], {Configuration(): [Point(16, 512)]})
+    modes, points = [parse_mode("stock"), parse_mode("stage")], {Configuration(): [Point(16, 512)]}
+    plan = Plan(modes, points, repeats=3)
     log: list[tuple[str, str]] = []
     engines = {name: FakeProcess(name, log) for name in ("stock", "stage")}
     stock, stage = step_host.measure(plan, engines)
@@ -103,7 +103,7 @@ def test_an_engine_that_does_not_start_ends_all(
             closed.append(self.name)
 
     monkeypatch.setattr(
-        step_host, "launch", lambda plan, mode, folder, timeout: Failing(mode.label, [])
+        step_host, "launch_engine", lambda folder, config, mode, *_: Failing(mode.label, [])
     )
     with pytest.raises(RuntimeError, match="no engine"):
         step_host.main(point="16x512", output=tmp_path, engine=False, modes="stock,stage",

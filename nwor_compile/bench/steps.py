@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -118,9 +119,7 @@ def bench_steps(
         raise typer.Exit(2) from None
 
     def launch(configuration: Configuration, mode: Mode) -> EngineProcess:
-        log = output / "logs" / f"{_file_name(configuration.label, mode)}.log"
-        cache = output / "cache" / _file_name(configuration.compiled_as, mode)
-        return EngineProcess(log, engine_environment(cache), timeout, WORKER)
+        return launch_engine(output, configuration, mode, timeout)
 
     def say(text: str) -> None:
         console.print(text, style="dim")
@@ -137,6 +136,17 @@ def bench_steps(
     done = [row for row in record.rows if row.status in ("ok", "memory")]
     if len(done) < wanted:
         raise typer.Exit(1)
+
+
+def launch_engine(
+    folder: Path, configuration: Configuration, mode: Mode, timeout: float,
+    command: Sequence[str] = WORKER,
+) -> EngineProcess:  # fmt: skip
+    """An engine's process. folder: of logs and of what is compiled. timeout: seconds until it must
+    answer."""
+    log = folder / "logs" / f"{_file_name(configuration.label, mode)}.log"
+    cache = folder / "cache" / _file_name(configuration.compiled_as, mode)
+    return EngineProcess(log, engine_environment(cache), timeout, command)
 
 
 def _file_name(configuration: str, mode: Mode) -> str:

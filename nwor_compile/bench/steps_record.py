@@ -123,9 +123,11 @@ class Row(BaseModel):
         """Its place in the plan."""
         return self.configuration, Point(self.batch, self.context)
 
-    def middle(self, mode: str) -> Middle:
-        """The middle pair's ratio of steps, first mode over this one. Windows of engines that did
-        not take turns are no pairs."""
+    def middle(self, mode: str) -> Middle | None:
+        """The middle pair's ratio of steps, first mode over this one; None of engines that did not
+        take turns, whose windows are no pairs."""
+        if not self.interleaved:
+            return None
         steps = {name: [window.step_ms for window in found] for name, found in self.windows.items()}
         return Middle.of(next(iter(steps.values())), steps[mode])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,9 +52,22 @@ class Plan:
             "steps": self.steps, "warm": self.warm,
         }  # fmt: skip
 
-    def order(self, repeat: int, names: list[str]) -> list[str]:
+    def turns(self, names: Iterable[str]) -> list[str]:
         """AB, BA, AB, ...: whoever comes first in a repeat comes last in the next."""
-        return names if repeat % 2 == 0 else names[::-1]
+        forth = list(names)
+        back = forth[::-1]
+        return [name for i in range(self.repeats) for name in (back if i % 2 else forth)]
+
+    def start(
+        self, configuration: Configuration, mode: Mode, kv_bytes: int | None
+    ) -> dict[str, Any]:
+        """Arguments of an engine's command `start`. kv_bytes: see `llm`."""
+        return {
+            "model": configuration.hf_config(head=False),
+            "head": configuration.hf_config(head=True),
+            "llm": self.llm(configuration, mode, kv_bytes),
+            "staged": mode.staged,
+        }
 
     def llm(self, configuration: Configuration, mode: Mode, kv_bytes: int | None) -> dict[str, Any]:
         """Arguments of `vllm.LLM`, but for the models' folders.
@@ -197,13 +210,8 @@ class Run:
                 "beside": [other.label for other in modes if other != mode],
             }
             try:
-                answer = engines[mode.label].ask(
-                    "start",
-                    model=configuration.hf_config(head=False),
-                    head=configuration.hf_config(head=True),
-                    llm=self.plan.llm(configuration, mode, kv_bytes),
-                    staged=mode.staged,
-                )
+                command = self.plan.start(configuration, mode, kv_bytes)
+                answer = engines[mode.label].ask("start", **command)
             except EngineError as error:
                 answer = {"error": str(error)}
             reports[mode.label] = EngineReport.model_validate({**answer, **about})
@@ -287,9 +295,8 @@ class Run:
     def _turns(self, point: Point, engines: dict[str, Engine]) -> dict[str, list[Window]]:
         """Windows of all engines, in turns."""
         found: dict[str, list[Window]] = {name: [] for name in engines}
-        for repeat in range(self.plan.repeats):
-            for name in self.plan.order(repeat, list(engines)):
-                found[name].append(self._measured(name, engines[name], point))
+        for name in self.plan.turns(engines):
+            found[name].append(self._measured(name, engines[name], point))
         return found
 
     def _profile(

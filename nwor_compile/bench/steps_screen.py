@@ -56,9 +56,9 @@ def _figures(row: Row, baseline: str, others: list[str]) -> list[str]:
         step, wall, tokens = (ratios[name] for name in ("step_ms", "wall_ms", "tokens_per_second"))
         cells += [str(step), f"{step.spread:.1%}", f"{wall.ratio:.3f}", f"{tokens.ratio:.3f}"]
     notes = [] if row.status == "ok" else [f"{row.status}: {row.reason}"]
-    if row.status == "void" and row.interleaved:
-        middles = {mode: row.middle(mode) for mode in others}
-        notes += [f"middle of {m.pairs} pairs: {mode} {m}" for mode, m in middles.items()]
+    if row.status == "void":
+        middles = ((mode, row.middle(mode)) for mode in others)
+        notes += [f"middle of {m.pairs} pairs: {mode} {m}" for mode, m in middles if m]
     if row.windows and not row.interleaved:
         notes.append("one engine at a time")
     if row.attempts > 1:

@@ -383,8 +383,8 @@ CUDA: tuple[Entry, ...] = (
     Attributes(
         FLASH_BACKEND, "FlashAttentionImpl",
         (
-            "scale", "sliding_window", "logits_soft_cap", "alibi_slopes", "sinks", "attn_type",
-            "kv_cache_dtype",
+            "num_heads", "num_kv_heads", "head_size", "scale", "sliding_window", "logits_soft_cap",
+            "alibi_slopes", "sinks", "attn_type", "kv_cache_dtype",
         ),
         until=CUDA_END,
     ),
@@ -404,7 +404,11 @@ CUDA: tuple[Entry, ...] = (
     ),
     Attributes(
         FLASH_BACKEND, "FlashAttentionMetadataBuilder",
-        ("aot_sliding_window", "rswa_window", "compilation_config"), until=CUDA_END,
+        (
+            "aot_sliding_window", "rswa_window", "compilation_config", "num_heads_q",
+            "num_heads_kv", "headdim",
+        ),
+        until=CUDA_END,
     ),
     Function(FLASH_BACKEND, "FlashAttentionBackend.get_builder_cls", (), until=CUDA_END),
     Text(

@@ -14,9 +14,9 @@ graphs of a drafter for steps that may have it, are captured without a schedule,
 layer makes its own as it runs. Where contexts decide, the graph with FlashAttention's kernel is
 captured with a schedule, and its steps get one. A step of another shape always does.
 
-A drafter of one layer gets none in its further passes either, which have a builder of their own: a
-schedule serves many layers, and one layer makes its own in less time than three launches take the
-host. vLLM has it so on its V1 runner (`build_for_drafting`).
+A drafter of one layer, if its heads are as the target's, gets none in its further passes either,
+which have a builder of their own: a schedule serves many layers, and one layer makes its own in
+less time than three launches take the host. vLLM has it so on its V1 runner (`build_for_drafting`).
 """
 
 from __future__ import annotations
@@ -258,9 +258,9 @@ class NworFlashMetadataBuilder(FlashAttentionMetadataBuilder):
 
     @functools.cached_property
     def _one_drafter(self) -> bool:
-        """Whether this builder is for one layer alone, a drafter's, with the heads that schedules
-        are made for: those of the target, so to another layer they are wrong, and its drafts are
-        others than those of an engine that has them."""
+        """Whether this builder is for one layer alone, a drafter's, with as many heads of the same
+        size as the target: schedules are made for the target's. To a layer with others they are
+        wrong, and without them its drafts would not be those of stock vLLM."""
         context = self.compilation_config.static_forward_context
         impls = [getattr(context[name], "impl", None) for name in self.layer_names]
         if len(impls) != 1 or not isinstance(impls[0], NworFlashImpl) or impls[0].chosen:
