@@ -91,6 +91,9 @@ def find_layer_rope(write: Node, readers: Sequence[Node], touches: Touches) -> L
     results = {result_of(query, touches) for query in queries}
     if len(results) != 1:
         return "its readers take different queries"
+    types = [getattr(value_of(node), "dtype", None) for node in (queries[0], key)]
+    if types[0] != types[1]:  # what was rotated was quantised after it
+        return "its query is {}, its key {}".format(*types)
     k = find_rotation(result_of(key, touches), touches)
     if isinstance(k, str):
         return _rotary_op(key, write, touches) or k

@@ -48,7 +48,7 @@ def _attend(
     rows, values = _written[layer_name]
     assert torch.equal(rows, key)
     assert torch.equal(values, value)
-    output.copy_(query * rows.sum(1, keepdim=True) + values.sum(1, keepdim=True))
+    output.copy_(query.to(rows.dtype) * rows.sum(1, keepdim=True) + values.sum(1, keepdim=True))
 
 
 def _rope_write(
@@ -272,6 +272,12 @@ def scaled_query(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tens
     return attend(q * 0.5, k, v)
 
 
+def quantised_query(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """As vLLM's `Attention.forward` for a backend that attends with fp8 queries."""
+    q, k = rope(positions, q, k, table)
+    return attend((q.float() * 0.5).clamp(-448, 448).to(torch.float8_e4m3fn), k, v)
+
+
 def table_of_another_dtype(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor
 ) -> Tensor:
@@ -347,6 +353,7 @@ APART: dict[str, tuple[Callable[..., Any], str]] = {
     "normalised": (normalised, "may stay unrounded in compiled code"),
     "used elsewhere": (used_elsewhere, "uses what is rotated as well"),
     "scaled query": (scaled_query, "its query: what computes it is no RoPE"),
+    "quantised query": (quantised_query, "its query is torch.float8_e4m3fn, its key torch.float32"),
     "table of another dtype": (table_of_another_dtype, "is made in the graph"),
     "rounded angles": (rounded_angles, "rounded after they were read"),
     "angles in the graph": (angles_in_the_graph, "do not come from one table"),
