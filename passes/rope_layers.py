@@ -49,14 +49,13 @@ from nwor_compile.passes.rope_match import (
     erase_unused,
     find_rotation,
     name_of,
-    turned_alike,
 )
 from nwor_compile.passes.rope_plan import (
     between_nodes,
     changed,
     covers,
+    find_query,
     result_of,
-    rounds_eagerly,
     views_to,
 )
 from nwor_compile.passes.table import ROTARY_OPS, op_name
@@ -88,22 +87,12 @@ def find_layer_rope(write: Node, readers: Sequence[Node], touches: Touches) -> L
     given = arguments(write)
     key, value = given["key"], given["value"]
     queries = [arguments(reader)["query"] for reader in readers]
-    results = {result_of(query, touches) for query in queries}
-    if len(results) != 1:
-        return "its readers take different queries"
-    types = [getattr(value_of(node), "dtype", None) for node in (queries[0], key)]
-    if types[0] != types[1]:  # what was rotated was quantised after it
-        return "its query is {}, its key {}".format(*types)
     k = find_rotation(result_of(key, touches), touches)
     if isinstance(k, str):
         return _rotary_op(key, write, touches) or k
-    if rounds_eagerly():
-        return "Inductor was told to round as eager code does, which RoPE in one step does not"
-    q = find_rotation(results.pop(), touches)
+    q = find_query(queries, k, touches)
     if isinstance(q, str):
-        return f"its query: {q}"
-    if not turned_alike(q, k):
-        return "query and key are rotated in different ways"
+        return q
     lookup, other = find_lookup(k, touches), find_lookup(q, touches)
     if isinstance(lookup, str):
         return lookup

@@ -234,16 +234,9 @@ def _judge_torch(key: Node, value: Node, write: Write, touches: Touches) -> Torc
     k = find_rotation(result_of(key, touches), touches)
     if isinstance(k, str):
         return k
-    if rounds_eagerly():
-        return "Inductor was told to round as eager code does, which RoPE in one step does not"
-    queries = {result_of(_query(node, write), touches) for node, _ in write.readers}
-    if len(queries) != 1:
-        return "its readers take different queries"
-    q = find_rotation(queries.pop(), touches)
+    q = find_query([_query(node, write) for node, _ in write.readers], k, touches)
     if isinstance(q, str):
-        return f"its query: {q}"
-    if not turned_alike(q, k):
-        return "query and key are rotated in different ways"
+        return q
     if not covers(view_of(key), value_of(k.result)):
         return "the key that is written is not just the rotated one"
     for rotation in (q, k):
@@ -270,7 +263,24 @@ def result_of(node: Node, touches: Touches) -> Node:
     return node
 
 
-def rounds_eagerly() -> bool:
+def find_query(queries: Iterable[Node], key: Rotation, touches: Touches) -> Rotation | str:
+    """The rotation of the one query that all readers take, if it turns as the key's; or why not."""
+    if _rounds_eagerly():
+        return "Inductor was told to round as eager code does, which RoPE in one step does not"
+    results = {result_of(query, touches) for query in queries}
+    if len(results) != 1:
+        return "its readers take different queries"
+    result = results.pop()
+    types = [getattr(value_of(node), "dtype", None) for node in (result, key.result)]
+    if types[0] != types[1]:  # quantised after it was rotated
+        return "its query is {}, its key {}".format(*types)
+    found = find_rotation(result, touches)
+    if isinstance(found, str):
+        return f"its query: {found}"
+    return found if turned_alike(found, key) else "query and key are rotated in different ways"
+
+
+def _rounds_eagerly() -> bool:
     """True if Inductor rounds between pointwise operations; it is not imported for that."""
     config = sys.modules.get("torch._inductor.config")
     return bool(getattr(config, "emulate_precision_casts", False))
